@@ -1,0 +1,11 @@
+"""Conditional computation: knows nothing of images or of torch.distributed.
+
+`MoeMlp` is the layer; `router`, `dispatch`, `experts` and `balance` are its four parts, `telemetry` shows what it does.
+"""
+
+from sparse_mlp.moe import telemetry
+from sparse_mlp.moe.balance import set_balance_scale
+from sparse_mlp.moe.layer import MoeMlp
+from sparse_mlp.moe.router import NoisyTopKRouter, Routing
+
+__all__ = ["MoeMlp", "NoisyTopKRouter", "Routing", "set_balance_scale", "telemetry"]

@@ -1,0 +1,76 @@
+"""Importance and load losses, and how their gradient enters any training loop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparse_mlp.moe.router import Routing
+
+
+def squared_variation(total_E: Tensor) -> Tensor:
+    """(std / mean)^2 over experts, as variance over squared mean: the derivative of std is NaN at perfect balance."""
+    tiny = torch.finfo(total_E.dtype).tiny
+    return total_E.var(correction=0) / (total_E.mean().square() + tiny)
+
+
+def importance(logits_NE: Tensor) -> Tensor:
+    """Imp_e = sum over items of softmax(logits)_e, without noise. (N, E) -> (E,)."""
+    return logits_NE.softmax(-1).sum(0)
+
+
+def load(logits_NE: Tensor, noisy_NE: Tensor, noise_std: float, top_k: int) -> Tensor:
+    """Load_e = sum over items of P(e stays in the item's top K if e's noise is drawn anew). (N, E) -> (E,).
+
+    The probability is 1 - Phi((t - logits_e) / noise_std), t the item's K-th largest noisy logit: a smooth stand-in
+    for the number of items an expert gets (Shazeer et al. 2017, appendix A; V-MoE, appendix A).
+    """
+    threshold_N1 = noisy_NE.topk(top_k, dim=-1).values[:, -1:]
+    return torch.special.ndtr((logits_NE - threshold_N1) / noise_std).sum(0)
+
+
+def expert_totals(routing: Routing, noise_std: float) -> Tensor:
+    """Importance and, where there is noise (without it the load is undefined), load: (1 or 2, E), sums over items."""
+    totals = [importance(routing.logits_NE)]
+    if noise_std > 0:
+        totals.append(load(routing.logits_NE, routing.noisy_NE, noise_std, routing.experts_NK.shape[1]))
+    return torch.stack(totals)
+
+
+def balance_loss(totals: Tensor) -> Tensor:
+    """L_imp / 2 + L_load / 2 from `expert_totals`, unweighted; without the load part, L_imp / 2."""
+    return 0.5 * sum((squared_variation(total_E) for total_E in totals.unbind(0)), totals.new_zeros(()))
+
+
+class _InjectGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(scale)
+        ctx.loss_dtype = loss.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        (scale,) = ctx.saved_tensors
+        return grad_output, scale.to(ctx.loss_dtype), None
+
+
+def inject_gradient(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+    """`output` unchanged; backward through it also adds `scale` times the gradient of `loss`.
+
+    So a layer brings its own loss into any training loop: nothing is collected, returned or kept on the module (a
+    tensor with a graph kept there breaks deepcopy and EMA). `scale` () must follow what the loop multiplies its own
+    loss by; see `set_balance_scale`.
+    """
+    return _InjectGradient.apply(output, loss, scale)
+
+
+def set_balance_scale(model: nn.Module, scale: float) -> None:
+    """Tell every MoE layer by what factor the loop multiplies its loss before `backward`.
+
+    Call it with `loss_scale / accumulation_steps` (fp16 loss scaling, gradient accumulation); without a call the
+    scale is 1. It is a buffer: changing it does not recompile a compiled model.
+    """
+    for module in model.modules():
+        if hasattr(module, "balance_scale"):
+            module.balance_scale.fill_(scale)  # type: ignore[operator]

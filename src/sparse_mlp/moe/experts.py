@@ -1,0 +1,250 @@
+"""E stacked two-layer MLPs, and the two ways to run them: over items sorted by expert, or over slots.
+
+The sorted form is one autograd function with its own backward. It works on one expert at a time, so that the hidden
+activations of that expert are still in cache when the next operation reads them, writes each expert's weight gradient
+into its place (indexing `weight[e]` under autograd fills a whole (E, D, H) gradient of zeros per expert), and keeps for
+backward only what the dense layer would: the input, the hidden pre-activations and the outputs.
+
+Its matrix products go through `_matmul` below, which takes oneDNN's where it can: torch's own float32 products call
+MKL, which on an AMD CPU of this decade reaches half of what oneDNN does (benchmarks/moe_layer.py prints both).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sparse_mlp.moe import dispatch
+from sparse_mlp.moe.eager import runs_eagerly_on_cpu
+
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+class ExpertLinear(nn.Module):
+    """E linear maps: weight (E, in, out), bias (E, out). Parameters only; `Experts` does the arithmetic."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each expert from its own random start (equal experts would stay equal), as timm starts a Mixer's MLP."""
+        for weight in self.weight:
+            nn.init.xavier_uniform_(weight)
+        nn.init.normal_(self.bias, std=1e-6)
+
+    def extra_repr(self) -> str:
+        num_experts, in_features, out_features = self.weight.shape
+        return f"num_experts={num_experts}, in_features={in_features}, out_features={out_features}"
+
+
+def _use_onednn(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and runs_eagerly_on_cpu(x)
+
+
+def _rows(n: int, onednn: bool) -> int:
+    """Rows to work on for n items: oneDNN prepares each new shape for about half a millisecond, and an expert's load is
+    another at every step. So n is rounded up to one of eight sizes an octave, at most an eighth more; MKL takes n."""
+    step = 1 << max(4, n.bit_length() - 4) if onednn else 1
+    return -(-n // step) * step
+
+
+def _gather(x_ND: Tensor, items: Tensor, rows: int) -> Tensor:
+    """The items' rows of x, then zeros up to `rows`."""
+    if rows == len(items):
+        return x_ND.index_select(0, items)
+    out = x_ND.new_zeros(rows, x_ND.shape[1])
+    torch.index_select(x_ND, 0, items, out=out[: len(items)])
+    return out
+
+
+def _matmul(a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None) -> Tensor:
+    """a @ b + bias; any strides."""
+    if onednn:
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def _matmul_gelu(a: Tensor, b: Tensor, onednn: bool, bias: Tensor, gelu: str) -> Tensor:
+    """gelu(a @ b + bias), in one operation where oneDNN has it."""
+    if onednn:
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "gelu", [], gelu)
+    return F.gelu(torch.addmm(bias, a, b), approximate=gelu)
+
+
+def _gradient_like(weight: Tensor) -> Tensor:
+    """Room for the gradient of all experts, in huge pages where Linux grants them.
+
+    Such an allocation is fresh memory at every step: at 64 experts, taking it in pages of 4 KiB costs more time than
+    all matrix products. The call is advice; where it fails nothing is lost but the speed.
+    """
+    gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if _MADVISE is not None and gradient.device.type == "cpu" and gradient.nbytes >= 2 * _HUGE_PAGE:
+        start = -(-gradient.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        _MADVISE(start, gradient.data_ptr() + gradient.nbytes - start, mmap.MADV_HUGEPAGE)
+    return gradient
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is not None:
+        madvise.argtypes, madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return madvise
+
+
+_MADVISE = _find_madvise()
+_HUGE_PAGE = 2**21
+
+
+def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has items, with its rows."""
+    start = 0
+    for e, n in enumerate(counts):
+        if n:
+            yield e, slice(start, start + n)
+        start += n
+
+
+def _run_sorted(
+    x_ND: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gates_M: Tensor,
+    items_M: Tensor,
+    counts: list[int],
+    gelu: str,
+) -> Tensor:
+    """sum_k gate_k expert_k(x), expert by expert, without a backward."""
+    y_ND = torch.zeros_like(x_ND, memory_format=torch.contiguous_format)
+    onednn = _use_onednn(x_ND)
+    for e, rows in _segments(counts):
+        items = items_M[rows]
+        x_e = _gather(x_ND, items, _rows(len(items), onednn))
+        outputs = _matmul(_matmul_gelu(x_e, w1[e], onednn, b1[e], gelu), w2[e], onednn, b2[e])[: len(items)]
+        y_ND.index_add_(0, items, outputs.mul_(gates_M[rows, None]))  # an item appears once per expert: no collisions
+    return y_ND
+
+
+class _SortedExperts(torch.autograd.Function):
+    """`_run_sorted` with a backward."""
+
+    @staticmethod
+    def forward(ctx, x_ND, w1, b1, w2, b2, gates_M, items_M, counts, gelu):  # type: ignore[no-untyped-def]
+        y_ND = torch.zeros_like(x_ND, memory_format=torch.contiguous_format)
+        onednn = _use_onednn(x_ND)
+        hidden_by_expert, outputs_by_expert = [], []
+        for e, rows in _segments(counts):
+            items = items_M[rows]
+            hidden = _matmul(_gather(x_ND, items, _rows(len(items), onednn)), w1[e], onednn, b1[e])
+            outputs = _matmul(F.gelu(hidden, approximate=gelu), w2[e], onednn, b2[e])[: len(items)]
+            y_ND.index_add_(0, items, outputs * gates_M[rows, None])
+            hidden_by_expert.append(hidden)
+            outputs_by_expert.append(outputs)
+        ctx.save_for_backward(x_ND, w1, w2, gates_M, items_M, *hidden_by_expert, *outputs_by_expert)
+        ctx.counts, ctx.gelu = counts, gelu
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
+        x_ND, w1, w2, gates_M, items_M, *kept = ctx.saved_tensors
+        segments = list(_segments(ctx.counts))
+        hidden_by_expert, outputs_by_expert = kept[: len(segments)], kept[len(segments) :]
+        need_x, need_w1, need_b1, need_w2, need_b2, need_gates = ctx.needs_input_grad[:6]
+        dx = torch.zeros_like(x_ND, memory_format=torch.contiguous_format) if need_x else None
+        dw1 = _gradient_like(w1) if need_w1 else None
+        dw2 = _gradient_like(w2) if need_w2 else None
+        db1 = w1.new_empty(w1.shape[0], w1.shape[2]) if need_b1 else None
+        db2 = w2.new_empty(w2.shape[0], w2.shape[2]) if need_b2 else None
+        dgates = torch.empty_like(gates_M) if need_gates else None
+        for e in set(range(len(ctx.counts))) - {e for e, _ in segments}:
+            for grad in (dw1, db1, dw2, db2):
+                if grad is not None:
+                    grad[e].zero_()
+        onednn = _use_onednn(grad_ND)
+        for (e, rows), hidden, outputs in zip(segments, hidden_by_expert, outputs_by_expert, strict=True):
+            items = items_M[rows]
+            # rows past the items are zero here, and so add nothing to any gradient below
+            dy = _gather(grad_ND, items, len(hidden))
+            if dgates is not None:
+                torch.sum(dy[: len(items)] * outputs, 1, out=dgates[rows])
+            dy[: len(items)] *= gates_M[rows, None]
+            if dw2 is not None:
+                dw2[e] = _matmul(F.gelu(hidden, approximate=ctx.gelu).t(), dy, onednn)
+            if db2 is not None:
+                torch.sum(dy, 0, out=db2[e])
+            if dx is None and dw1 is None and db1 is None:
+                continue
+            dhidden = torch.ops.aten.gelu_backward(_matmul(dy, w2[e].t(), onednn), hidden, approximate=ctx.gelu)
+            if dw1 is not None:
+                dw1[e] = _matmul(_gather(x_ND, items, len(hidden)).t(), dhidden, onednn)
+            if db1 is not None:
+                torch.sum(dhidden, 0, out=db1[e])
+            if dx is not None:
+                dx.index_add_(0, items, _matmul(dhidden, w1[e].t(), onednn)[: len(items)])
+        return dx, dw1, db1, dw2, db2, dgates, None, None, None
+
+
+class Experts(nn.Module):
+    """E two-layer MLPs with one GELU, stacked: fc1 (E, D, H), fc2 (E, H, D)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        act: str = "gelu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.gelu = GELU[act]
+        self.fc1 = ExpertLinear(num_experts, dim, hidden_dim, device, dtype)
+        self.fc2 = ExpertLinear(num_experts, hidden_dim, dim, device, dtype)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Input and weights in the type the products run in: autocast's where it is on, as for nn.Linear."""
+        operands = (x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            return tuple(operand.to(dtype) for operand in operands)
+        return operands
+
+    def forward_sorted(self, x_ND: Tensor, gates_NK: Tensor, order_M: Tensor, counts_E: Tensor) -> Tensor:
+        """Dropless, over items in the order of `dispatch.sort_by_expert`; reads the counts: one wait for the device."""
+        x_ND, w1, b1, w2, b2 = self._operands(x_ND)
+        gates_M, items_M = gates_NK.reshape(-1)[order_M].to(x_ND.dtype), order_M // gates_NK.shape[1]
+        differentiable = any(t.requires_grad for t in (x_ND, w1, b1, w2, b2, gates_M))
+        run = _SortedExperts.apply if torch.is_grad_enabled() and differentiable else _run_sorted
+        return run(x_ND, w1, b1, w2, b2, gates_M, items_M, counts_E.tolist(), self.gelu)
+
+    def forward_slots(
+        self, x_ND: Tensor, gates_NK: Tensor, slots: dispatch.Slots, expert_of_block: Tensor | None = None
+    ) -> Tensor:
+        """Over slots, by batched products: one block of slots per expert, or blocks with the experts given."""
+        x_ND, w1, b1, w2, b2 = self._operands(x_ND)
+        if expert_of_block is not None:
+            w1, b1, w2, b2 = (weight.index_select(0, expert_of_block) for weight in (w1, b1, w2, b2))
+        slots_BSD = dispatch.fill(x_ND, slots)
+        hidden_BSH = F.gelu(torch.baddbmm(b1.unsqueeze(1), slots_BSD, w1), approximate=self.gelu)
+        out_BSD = torch.baddbmm(b2.unsqueeze(1), hidden_BSH, w2)
+        return dispatch.combine(out_BSD, slots, gates_NK)

@@ -1,0 +1,110 @@
+"""Balance losses against V-MoE's reference vectors, and how their gradient enters a loop."""
+
+import copy
+
+import pytest
+import torch
+
+from sparse_mlp.moe import MoeMlp, Routing, balance, set_balance_scale, telemetry
+
+
+def test_importance_loss_of_vmoes_vector() -> None:
+    gates = torch.tensor([[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]])
+    # sums 1.7, 1.1, 1.2; mean 4/3, variance (0.1344 + 0.0544 + 0.0178) / 3 = 0.06889; 0.06889 / 1.7778 = 0.03875
+    assert balance.squared_variation(gates.sum(0)).item() == pytest.approx(0.03874999, abs=1e-6)
+    logits = gates.clamp_min(1e-30).log()
+    assert balance.squared_variation(balance.importance(logits)).item() == pytest.approx(0.03874999, abs=1e-6)
+
+
+def test_load_loss_of_vmoes_vector() -> None:
+    logits = torch.tensor([[0.9, 0.06, 0.04], [0.7, 0.18, 0.12], [0.85, 0.05, 0.1]])
+    noise = torch.tensor([[-0.037, 0.026, -0.018], [-0.074, 0.045, -0.015], [-0.067, -0.059, 0.073]])
+    totals = balance.load(logits, logits + noise, noise_std=0.1, top_k=2)
+    assert balance.squared_variation(totals).item() == pytest.approx(0.48573864536, abs=1e-6)
+
+
+def test_balance_loss_is_half_of_each_and_importance_alone_without_noise() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50, 4)
+    noisy = logits + 0.25 * torch.randn(50, 4)
+    gates, experts = noisy.softmax(-1).topk(2)
+    routing = Routing(gates, experts, logits, noisy)
+    imp = balance.squared_variation(balance.importance(logits))
+    load = balance.squared_variation(balance.load(logits, noisy, 0.25, 2))
+    torch.testing.assert_close(balance.balance_loss(balance.expert_totals(routing, 0.25)), imp / 2 + load / 2)
+    torch.testing.assert_close(balance.balance_loss(balance.expert_totals(routing, 0.0)), imp / 2)
+
+
+@pytest.mark.parametrize("num_experts", [1, 4])
+def test_gradients_are_finite_at_perfect_balance_with_one_expert_and_a_zero_router(num_experts: int) -> None:
+    layer = MoeMlp(8, 8, num_experts)
+    torch.nn.init.zeros_(layer.router.weight)
+    layer(torch.randn(16, 8)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+    assert layer.router.weight.grad is not None
+    totals = torch.full((4,), 2.0, requires_grad=True)
+    balance.squared_variation(totals).backward()
+    assert totals.grad is not None and totals.grad.abs().max() == 0
+
+
+def test_injected_gradient_is_that_of_adding_the_loss() -> None:
+    torch.manual_seed(0)
+    layer = MoeMlp(8, 16, 4, 2, balance_weight=0.3, noise_std=0.0)
+    x = torch.randn(20, 8)
+    layer(x).pow(2).mean().backward()
+    injected = layer.router.weight.grad.clone()
+
+    layer.zero_grad()
+    plain = copy.deepcopy(layer)
+    plain.balance_weight = 0.0
+    added = 0.3 * balance.balance_loss(balance.expert_totals(plain.router(x), 0.0))
+    (plain(x).pow(2).mean() + added).backward()
+    torch.testing.assert_close(injected, plain.router.weight.grad)
+
+
+@pytest.mark.parametrize("factor", [0.25, 1024.0])
+def test_scale_follows_the_loops_loss(factor: float) -> None:
+    """Accumulation divides the loss and fp16 scaling multiplies it; the injected part must follow."""
+    torch.manual_seed(0)
+    layer = MoeMlp(8, 16, 4, balance_weight=0.3, noise_std=0.0)
+    x = torch.randn(20, 8)
+    layer(x).pow(2).mean().backward()
+    wanted = layer.router.weight.grad.clone() * factor
+    layer.zero_grad()
+    set_balance_scale(layer, factor)
+    (layer(x).pow(2).mean() * factor).backward()
+    torch.testing.assert_close(layer.router.weight.grad, wanted)
+
+
+def test_balance_reaches_the_router_through_any_loss_and_evens_the_load() -> None:
+    torch.manual_seed(0)
+    layer = MoeMlp(8, 8, 4, balance_weight=1.0)
+    layer.router.weight.data[0] += 0.5  # expert 0 is everybody's favourite
+    x = torch.randn(512, 8) + 1
+    optimizer = torch.optim.SGD(layer.router.parameters(), lr=0.3)
+    layer(x)
+    before = telemetry.collect(layer)[""].load.max()
+    for _ in range(100):
+        optimizer.zero_grad()
+        (layer(x).sum() * 0).backward()
+        optimizer.step()
+    after = telemetry.collect(layer)[""].load.max()
+    assert before > 0.9
+    assert after < 0.5
+
+
+def test_a_reduced_total_is_what_the_loss_is_taken_of() -> None:
+    """Ranks sum their totals: two halves that see each other's totals give the whole batch's loss and gradient."""
+    torch.manual_seed(0)
+    whole = MoeMlp(8, 8, 4, balance_weight=1.0, noise_std=0.0)
+    x = torch.randn(32, 8)
+    whole(x).mul(0).sum().backward()
+    halves = [copy.deepcopy(whole) for _ in range(2)]
+    others = [balance.expert_totals(whole.router(half), 0.0).detach() for half in x.chunk(2)]
+    for layer, half, other in zip(halves, x.chunk(2), reversed(others), strict=True):
+        layer.zero_grad()
+        layer.balance_reduce = lambda totals, other=other: totals + other
+        layer(half).mul(0).sum().backward()
+        torch.testing.assert_close(layer.meter.balance_loss, whole.meter.balance_loss)
+    total = halves[0].router.weight.grad + halves[1].router.weight.grad
+    torch.testing.assert_close(total, whole.router.weight.grad)

@@ -1,0 +1,64 @@
+"""The router: gates, noise, and that the task's gradient reaches it."""
+
+import pytest
+import torch
+
+from sparse_mlp.moe import MoeMlp, NoisyTopKRouter
+
+
+def test_gates_are_the_raw_softmax_values_in_falling_order() -> None:
+    router = NoisyTopKRouter(3, 3, 2).eval()
+    router.weight.data = torch.eye(3)
+    routing = router(torch.tensor([[0.0, 2.0, 1.0]]))
+    # softmax(0, 2, 1) = (e^0, e^2, e^1) / (1 + e^2 + e) = 0.0900, 0.6652, 0.2447
+    torch.testing.assert_close(routing.gates_NK, torch.tensor([[0.66524, 0.24473]]), atol=1e-5, rtol=0)
+    assert routing.experts_NK.tolist() == [[1, 2]]
+
+
+def test_noise_in_training_only_with_the_papers_deviation() -> None:
+    torch.manual_seed(0)
+    router = NoisyTopKRouter(4, 8, 1)
+    items = torch.randn(20_000, 4)
+    routing = router(items)
+    noise = routing.noisy_NE - routing.logits_NE
+    assert noise.std().item() == pytest.approx(1 / 8, rel=0.01)
+    assert abs(noise.mean().item()) < 1e-3
+    router.eval()
+    routing = router(items)
+    assert routing.noisy_NE is routing.logits_NE
+    torch.testing.assert_close(router(items).gates_NK, routing.gates_NK, atol=0, rtol=0)
+
+
+def test_two_seeds_route_differently_and_one_seed_alike() -> None:
+    router = NoisyTopKRouter(16, 8, 1)
+    items = torch.randn(200, 16)
+
+    def experts(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return router(items).experts_NK
+
+    assert torch.equal(experts(1), experts(1))
+    assert not torch.equal(experts(1), experts(2))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_task_alone_moves_the_router_at_initialisation(top_k: int) -> None:
+    torch.manual_seed(0)
+    layer = MoeMlp(32, 64, 4, top_k, balance_weight=0.0)
+    (layer(torch.randn(100, 32)) ** 2).mean().backward()
+    gradient = layer.router.weight.grad
+    assert gradient is not None
+    # renormalised gates would leave about 1e-9 at K=1, and equal experts about 1e-10 at K=2
+    assert gradient.norm() > 1e-4
+
+
+def test_arithmetic_is_float32_under_autocast_and_in_bfloat16() -> None:
+    router = NoisyTopKRouter(16, 4, 2).eval()
+    items = torch.randn(50, 16)
+    wanted = router(items)
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = router(items)
+    assert routing.gates_NK.dtype == torch.float32
+    torch.testing.assert_close(routing.gates_NK, wanted.gates_NK, atol=0, rtol=0)
+    assert router.bfloat16()(items.bfloat16()).gates_NK.dtype == torch.float32
+    assert router.double()(items.double()).gates_NK.dtype == torch.float64
