@@ -1,0 +1,115 @@
+"""The linear map that all models here spend their time in, on the fastest product torch ships for it.
+
+On a CPU in float32 `torch.nn.functional.linear` goes to MKL, which on processors not made by Intel runs at about half
+the speed of oneDNN, which torch carries too but uses for low precision only. `linear` calls oneDNN where that is
+possible in eager mode and is `F.linear` (plus `F.gelu`) everywhere else: other devices and dtypes, autocast,
+torch.compile, torch.export, tracing, torch.func and under any dispatch mode, such as a FLOP counter. Both are float32
+products that differ in rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_mlp.moe.eager import runs_eagerly_on_cpu
+
+__all__ = ["DType", "Device", "Linear", "Mlp", "linear"]
+
+Device = torch.device | str | None
+DType = torch.dtype | None
+
+MIN_ROWS = 32  # below, a product is too small for the call's own cost to matter
+HIDDEN_AT_ONCE = 2**22  # hidden values an Mlp holds at a time without gradients: 16 MB
+
+
+def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        runs_eagerly_on_cpu(*tensors)  # first: a compiler must not see, and guard on, the sizes below
+        and all(t.dtype == torch.float32 for t in tensors)
+        and x.dim() >= 2
+        and x.numel() >= MIN_ROWS * x.shape[-1] > 0
+    )
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """x W^T + b by oneDNN; its gradients are linear maps again, which can be differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[0]:
+            grad_x = linear(grad, weight.t())
+        if ctx.needs_input_grad[1]:
+            grad_weight = linear(rows.t(), x.reshape(-1, x.shape[-1]).t())
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """Return x W^T + b, or GELU of it (the exact one).
+
+    x (..., in), weight (out, in), bias (out,) -> (..., out). Without gradients the GELU is applied inside the product.
+    """
+    if not _fits_onednn(x, weight, bias):
+        y = F.linear(x, weight, bias)
+        return F.gelu(y) if gelu else y
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        y = _OneDnnLinear.apply(x, weight, bias)
+        return F.gelu(y) if gelu else y
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` on `linear`; `gelu=True` adds the activation that follows it. (..., in) -> (..., out)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        gelu: bool = False,
+        device: Device = None,
+        dtype: DType = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.gelu)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", gelu=True" if self.gelu else "")
+
+
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(x))): the channel mixing of every block. (..., dim) -> (..., dim).
+
+    Without gradients a CPU works through large inputs piece by piece: the hidden values stay in the cache, and out of
+    the blocks over 32 MB that glibc takes from the system anew, page by page, every time. This keeps the time per pixel
+    flat.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, device: Device = None, dtype: DType = None) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim, gelu=True, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not runs_eagerly_on_cpu(x):
+            return self.fc2(self.fc1(x))
+        rows = x.reshape(-1, x.shape[-1])
+        pieces = rows.split(max(1, HIDDEN_AT_ONCE // self.fc1.out_features))
+        if len(pieces) == 1:
+            return self.fc2(self.fc1(x))
+        return torch.cat([self.fc2(self.fc1(piece)) for piece in pieces]).view(x.shape)

@@ -1,0 +1,50 @@
+"""Hierarchical rearrangement of Hire-MLP (Guo et al., CVPR 2022, sections 3.1 and 3.2).
+
+Cross-region: positions move `step` places around the circle, so that regions of different blocks overlap. Inner-region:
+the `region` neighbouring positions of an axis become one token of `region` times the channels. Both together are one
+gather of rows (or columns), because row i of the padded and rolled map is row (i - step) mod H of the map itself.
+
+Layout is (B, H, W, C) and a token's channels are ordered position-major, k * C + c for position k of the region. The
+published order is c * region + k; the checkpoint filter reorders the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["merge_regions", "split_regions"]
+
+
+def _take(x: Tensor, axis: int, start: int, length: int) -> Tensor:
+    """Read `length` positions along `axis` from `start` on, going round the circle as often as needed."""
+    size = x.shape[axis]
+    if start == 0 and length == size:
+        return x
+    index = (torch.arange(length, device=x.device) + start) % size
+    return x.index_select(axis, index)
+
+
+def merge_regions(x: Tensor, region: int, step: int, axis: int) -> Tensor:
+    """Turn regions of `region` positions along `axis` into tokens, after moving all positions `step` places on.
+
+    x (B, H, W, C) -> (B, ceil(H / region), W, region * C) for axis 1, (B, H, ceil(W / region), region * C) for axis 2.
+    """
+    batch, height, width, dim = x.shape
+    count = -(-x.shape[axis] // region)
+    x = _take(x, axis, -step, count * region)
+    if axis == 1:
+        x = x.reshape(batch, count, region, width, dim).transpose(2, 3)
+        return x.reshape(batch, count, width, region * dim)
+    return x.reshape(batch, height, count, region * dim)
+
+
+def split_regions(x: Tensor, region: int, step: int, axis: int, size: int) -> Tensor:
+    """Undo `merge_regions`: back to `size` positions along `axis`, moved `step` places back. -> (B, H, W, C)."""
+    batch, height, width, dim = x.shape
+    dim = dim // region
+    if axis == 1:
+        x = x.reshape(batch, height, width, region, dim).transpose(2, 3).reshape(batch, height * region, width, dim)
+    else:
+        x = x.reshape(batch, height, width * region, dim)
+    return _take(x.narrow(axis, 0, size), axis, step, size)

@@ -1,0 +1,68 @@
+"""The oneDNN product equals `F.linear`, to second order, and steps aside outside plain eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparse_mlp.mixing import linear as linear_module
+from sparse_mlp.mixing.linear import Linear, Mlp, linear
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", [(40, 12), (2, 5, 6, 12), (3, 12), (0, 12)])
+def test_equals_torch(shape, grad, bias, gelu):
+    module = Linear(12, 7, bias=bias, gelu=gelu)
+    x = torch.randn(shape, requires_grad=grad)
+    with torch.set_grad_enabled(grad):
+        expected = F.linear(x, module.weight, module.bias)
+        torch.testing.assert_close(module(x), F.gelu(expected) if gelu else expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_equal_torchs_to_second_order():
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((64, 12), (7, 12), (7,)))
+
+    def grads(function):
+        loss = function(x, weight, bias).sin().sum()
+        first = torch.autograd.grad(loss, (x, weight, bias), create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight, bias))
+
+    for ours, theirs in zip(grads(linear), grads(F.linear), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_takes_onednn_in_eager_and_steps_aside_elsewhere(monkeypatch):
+    x, module = torch.randn(64, 12), Linear(12, 12)
+    seen = []
+    real = linear_module._fits_onednn
+    monkeypatch.setattr(linear_module, "_fits_onednn", lambda *args: seen.append(real(*args)) or seen[-1])
+    module(x)
+    assert seen == [torch.backends.mkldnn.is_available()]
+    seen.clear()
+    module(x[:4])
+    with FlopCounterMode(display=False) as counter:
+        module(x)
+    assert counter.get_total_flops() == 2 * 64 * 12 * 12
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+    torch.func.vmap(module)(x[None])
+    torch.func.jvp(lambda x: module(x), (x,), (x,))
+    module.double()(x.double())
+    assert seen == [False] * 6
+
+
+def test_mlp_in_pieces_is_the_same(monkeypatch):
+    mlp, x = Mlp(8, 32), torch.randn(3, 5, 7, 8)
+    whole = mlp(x)
+    monkeypatch.setattr(linear_module, "HIDDEN_AT_ONCE", 320)
+    with torch.inference_mode():
+        torch.testing.assert_close(mlp(x), whole, rtol=1e-5, atol=1e-6)
