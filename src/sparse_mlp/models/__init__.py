@@ -1,0 +1,15 @@
+"""One file per published system; importing this package registers every model with timm."""
+
+import timm
+
+from sparse_mlp.models import as_mlp, cycle_mlp, hire_mlp  # noqa: F401
+from sparse_mlp.models.sparse_mlp import SparseBlock, SparseMlp
+
+__all__ = ["SparseBlock", "SparseMlp", "registered_names"]
+
+
+def registered_names(pattern: str = "*") -> list[str]:
+    """Return the names of this package's models that fit a pattern, as `timm.create_model` takes them."""
+    return [
+        name for name in timm.list_models(pattern) if timm.model_entrypoint(name).__module__.startswith(__name__ + ".")
+    ]
