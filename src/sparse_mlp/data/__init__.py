@@ -1,0 +1,30 @@
+"""Image sets and the batches made of them, as pure functions of (seed, step)."""
+
+from sparse_mlp.data.augment import normalize
+from sparse_mlp.data.config import AugmentConfig, DataConfig
+from sparse_mlp.data.images import ArrayImages, BadImageError, Batch, FileImages, read_image
+from sparse_mlp.data.loader import eval_loader, steps_per_epoch, train_loader
+from sparse_mlp.data.mix import BatchMixer, batch_mixer
+from sparse_mlp.data.sets import SETS, ImageData, build_datasets, default_root
+from sparse_mlp.data.spec import InputSpec
+
+__all__ = [
+    "SETS",
+    "ArrayImages",
+    "AugmentConfig",
+    "BadImageError",
+    "Batch",
+    "BatchMixer",
+    "DataConfig",
+    "FileImages",
+    "ImageData",
+    "InputSpec",
+    "batch_mixer",
+    "build_datasets",
+    "default_root",
+    "eval_loader",
+    "normalize",
+    "read_image",
+    "steps_per_epoch",
+    "train_loader",
+]

@@ -1,0 +1,241 @@
+"""Batches by step: the data stream of a run is a function of (seed, step), however often it is stopped and resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from sparse_mlp.data.config import DataConfig
+from sparse_mlp.data.images import Batch, ImageSet
+from sparse_mlp.data.mix import BatchMixer
+from sparse_mlp.data.randomness import epoch_order, preserved_generators, seed_generators, step_seed
+from sparse_mlp.data.sets import ImageData
+
+
+def steps_per_epoch(data: ImageData, config: DataConfig) -> int:
+    """Whole batches in the training set; the rest of an epoch's images wait for another epoch's order.
+
+    Raises ValueError where the set is smaller than a batch or does not tell its length.
+    """
+    images = len(data.train)  # type: ignore[arg-type]
+    if images == 0:
+        raise ValueError(f"{config.name} does not tell how many images it has; give --data.num-samples")
+    if images < config.batch_size:
+        raise ValueError(
+            f"data.batch_size {config.batch_size} is more than the {images} training images of {config.name}"
+        )
+    return images // config.batch_size
+
+
+def train_loader(
+    data: ImageData,
+    config: DataConfig,
+    seed: int,
+    *,
+    start_step: int = 0,
+    steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterable[Batch]:
+    """The batches of steps start_step .. start_step + steps - 1; rank r gets the r-th slice of each.
+
+    Images and labels of a step depend on (seed, step) alone, not on workers, ranks or where the loader started; each
+    image comes at most once an epoch. Only for a stream (timm's IterableDataset) order and augmentation also depend on
+    the number of workers and ranks; there a start within an epoch reads and drops the batches before it.
+
+    Raises ValueError where the batch does not divide over the ranks, or a slice is odd and mixup or cutmix is on.
+    """
+    local = config.batch_size // world_size
+    if local * world_size != config.batch_size:
+        raise ValueError(f"data.batch_size {config.batch_size} does not divide over {world_size} ranks")
+    if data.mixer and local % 2:
+        raise ValueError(f"mixup and cutmix need an even number of images on each rank, not {local}")
+    per_epoch = steps_per_epoch(data, config)
+    stop = start_step + steps
+    if isinstance(data.train, IterableDataset):
+        return _StreamSteps(data.train, data.mixer, config, local, seed, range(start_step, stop), per_epoch)
+    batches = _TrainSteps(data.train, data.mixer, seed, config.batch_size, per_epoch, rank, world_size)
+    return Batches(batches, range(start_step, stop), config.workers)
+
+
+def eval_loader(data: ImageData, config: DataConfig, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
+    """The test images, every one on exactly one rank, in order; the last batch may be smaller."""
+    if isinstance(data.test, IterableDataset):
+        _tell_workers(data.test, config.workers)
+        return _StreamEval(data.test, config)
+    own = np.arange(rank, len(data.test), world_size)
+    parts = [own[i : i + config.eval_batch_size] for i in range(0, len(own), config.eval_batch_size)]
+    return Batches(_EvalSteps(data.test, parts), range(len(parts)), config.workers)
+
+
+class Batches:
+    """Iterates the batches of a step-indexed dataset; the same each time. An error of a worker is raised as it was."""
+
+    def __init__(self, dataset: Dataset, steps: range, workers: int) -> None:
+        self.loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_parent,
+            # Its own generator: starting workers must not draw from the one that the training uses.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            if isinstance(batch, Exception):
+                raise batch
+            if len(batch["target"]):  # an evaluation batch may consist of skipped images only
+                yield batch
+
+
+class _TrainSteps(Dataset):
+    """Item `step` is this rank's slice of the batch of that step."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        mixer: BatchMixer | None,
+        seed: int,
+        batch_size: int,
+        per_epoch: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.images, self.mixer, self.seed = images, mixer, seed
+        self.batch_size, self.per_epoch = batch_size, per_epoch
+        self.local = batch_size // world_size
+        self.offset = rank * self.local
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        epoch, position = divmod(step, self.per_epoch)
+        start = position * self.batch_size + self.offset
+        indices = epoch_order(len(self.images), self.seed, epoch)[start : start + self.local]
+        try:
+            batch = self.images.batch(indices, (self.seed, epoch))
+        except (OSError, ValueError) as error:  # raised in the main process, where its message stays one line
+            return error
+        return self.mixer(batch, self.seed, step) if self.mixer else batch
+
+
+class _EvalSteps(Dataset):
+    """Item i is the i-th of the given index lists as a batch."""
+
+    def __init__(self, images: ImageSet, parts: list[np.ndarray]) -> None:
+        self.images, self.parts = images, parts
+
+    def __getitem__(self, i: int) -> Batch | Exception:
+        try:
+            return self.images.batch(self.parts[i])
+        except (OSError, ValueError) as error:
+            return error
+
+
+class _StreamSteps:
+    """Training batches of a stream: epoch by epoch, `per_epoch` batches of each at most."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        mixer: BatchMixer | None,
+        config: DataConfig,
+        local: int,
+        seed: int,
+        steps: range,
+        per_epoch: int,
+    ) -> None:
+        self.dataset, self.mixer, self.config, self.local = dataset, mixer, config, local
+        self.seed, self.steps, self.per_epoch = seed, steps, per_epoch
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = self.steps.start
+        while step < self.steps.stop:
+            epoch, skipped = divmod(step, self.per_epoch)
+            before = step
+            for batch in islice(self._epoch(epoch), skipped, min(self.per_epoch, skipped + self.steps.stop - step)):
+                yield self.mixer(batch, self.seed, step) if self.mixer else batch
+                step += 1
+            if step < self.steps.stop and step % self.per_epoch:
+                raise ValueError(
+                    f"{self.config.name} ended after {step - before + skipped} of {self.per_epoch} batches; "
+                    "give the true number of images with --data.num-samples"
+                )
+
+    def _epoch(self, epoch: int) -> Iterator[Batch]:
+        _tell_workers(self.dataset, self.config.workers)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        loader = iter(_stream_loader(self.dataset, self.local, self.config.workers, self.seed + epoch, drop_last=True))
+        for position in range(self.per_epoch):
+            with preserved_generators():  # without workers the transforms draw in this process
+                seed_generators(step_seed(self.seed, epoch * self.per_epoch + position))
+                batch = next(loader, None)
+            if batch is None:
+                return
+            yield _stream_batch(batch)
+
+
+class _StreamEval:
+    """Evaluation batches of a stream, which shards itself over the ranks."""
+
+    def __init__(self, dataset: Any, config: DataConfig) -> None:
+        self.loader = _stream_loader(dataset, config.eval_batch_size, config.workers, 0, drop_last=False)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(_stream_batch, self.loader)
+
+
+def _stream_loader(dataset: Any, batch_size: int, workers: int, seed: int, drop_last: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        drop_last=drop_last,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_parent,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _stream_batch(batch: Any) -> Batch:
+    image, target = batch
+    # A stream has no positions to name its images by.
+    return {"image": image, "target": target.long(), "index": torch.full((len(target),), -1)}
+
+
+def _tell_workers(dataset: Any, workers: int) -> None:
+    if hasattr(dataset, "set_loader_cfg"):
+        dataset.set_loader_cfg(num_workers=workers)
+
+
+def _leave_signals_to_parent(_worker: int) -> None:
+    """Ctrl-C, and SIGTERM from a cluster's scheduler, reach the whole process group; the training process decides when
+    its workers end. It may do so with a SIGTERM too: so a second one counts, or a minute after the first."""
+    warned = False
+
+    def end_if_warned(number: int, _: FrameType | None) -> None:
+        nonlocal warned
+        if warned:
+            os._exit(0)  # any other status would be an error in the training process
+        warned = True
+        signal.alarm(60)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_if_warned)
+    signal.signal(signal.SIGALRM, end_if_warned)

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import gzip
+import pickle
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from sparse_mlp.data.graph_files import from_data, load_graph
+from sparse_mlp.data.graphs import (
+    NodeBatches,
+    add_similar,
+    corrupt_edges,
+    eval_batches,
+    from_arrays,
+    hop_weights,
+    normalized_adjacency,
+    planted_graph,
+    random_split,
+    rows_sum_to_one,
+    trust_edges,
+)
+from sparse_mlp.data.planetoid import load_pickle
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return planted_graph(400, 1200, classes=3, features=8)
+
+
+def arrays(**changes):
+    """A sound graph of four nodes on a ring, two classes; `changes` spoil it."""
+    made = {
+        "name": "ring",
+        "features": np.eye(4, dtype=np.float32),
+        "edges": np.array([[0, 1, 2, 3], [1, 2, 3, 0]]),
+        "labels": np.array([0, 1, 0, 1]),
+        "splits": {"train": np.array([0, 1]), "val": np.array([2]), "test": np.array([3])},
+    }
+    return made | changes
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3, 4, 5])
+def test_hop_weights_are_the_dense_power_at_the_batch(graph, hops):
+    normalized = normalized_adjacency(graph.adjacency)
+    dense = graph.adjacency.toarray() + np.eye(400)
+    scale = dense.sum(1) ** -0.5
+    power = np.linalg.matrix_power(scale[:, None] * dense * scale, hops)
+    batch = np.random.default_rng(0).integers(0, 400, 50)  # some nodes twice
+    batch[1] = batch[0]
+    wanted = power[batch][:, batch]
+    rows, cols, weights = hop_weights(normalized, batch, hops)
+    found = np.zeros((50, 50))
+    found[rows, cols] = weights
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert len(np.unique(rows * 50 + cols)) == len(rows) and (np.diff(rows) >= 0).all()
+    part = hop_weights(normalized, batch, hops, slice(20, 30))
+    inside = (rows >= 20) & (rows < 30)
+    for one, other in zip(part, (rows, cols, weights), strict=True):
+        np.testing.assert_allclose(one, other[inside], atol=1e-7)
+
+
+def test_hop_count_zero_is_an_error(graph):
+    with pytest.raises(ValueError, match="hops must be at least 1, got 0"):
+        hop_weights(normalized_adjacency(graph.adjacency), np.arange(3), 0)
+
+
+@pytest.mark.parametrize("sampling", ["published", "distinct"])
+def test_batches_depend_on_seed_and_step_only(graph, sampling):
+    one, two, other = (NodeBatches(graph, 150, 2, seed, sampling=sampling) for seed in (0, 0, 1))
+    for step in (7, 3):
+        assert all(torch.equal(a, b) for a, b in zip(one[step].values(), two[step].values(), strict=True))
+    assert not torch.equal(one[3]["index"], one[4]["index"])
+    assert not torch.equal(one[3]["index"], other[3]["index"])
+    batch = one[3]
+    train = torch.from_numpy(graph.splits["train"])
+    assert torch.equal(batch["index"][: len(train)], train)
+    assert torch.equal(batch["target"][: len(train)], torch.from_numpy(graph.labels)[train])
+    assert (batch["target"][len(train) :] == -1).all() and len(batch["index"]) == 150
+    assert (len(batch["index"].unique()) == 150) == (sampling == "distinct")
+
+
+def test_ranks_hold_the_slices_of_one_batch(graph):
+    whole = NodeBatches(graph, 160, 2, 0)[5]
+    parts = [NodeBatches(graph, 160, 2, 0, rank=rank, world_size=2)[5] for rank in (0, 1)]
+    for name in ("index", "target", "rows", "cols", "weights", "features"):
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name])
+    with pytest.raises(ValueError, match="161 nodes does not divide among 2 ranks"):
+        NodeBatches(graph, 161, 2, 0, world_size=2)
+
+
+def test_evaluation_sees_every_node_once_over_the_ranks(graph):
+    seen = [batch for rank in (0, 1) for batch in eval_batches(graph, 100, rank=rank, world_size=2)]
+    index, val = (torch.cat([batch[key] for batch in seen]).numpy() for key in ("index", "val"))
+    np.testing.assert_array_equal(np.sort(index[val]), graph.splits["val"])
+    np.testing.assert_array_equal(np.sort(index[~val]), graph.splits["test"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": np.zeros((0, 3))}, "the graph is empty"),
+        ({"features": np.eye(5, dtype=np.float32)}, "4 labels for the features of 5 nodes"),
+        ({"edges": np.array([[0], [4]])}, "node id 4 in the edges, but features are for nodes 0 to 3"),
+        ({"edges": np.array([[-1], [2]])}, "node id -1 in the edges"),
+        ({"edges": np.zeros((3, 3), np.int64)}, r"edges of shape \(2, E\) expected, got \(3, 3\)"),
+        ({"features": np.full((4, 2), np.nan)}, "8 features are NaN or infinite"),
+        ({"splits": {"train": np.array([0, 2])}}, "no training node of class 1"),
+        ({"splits": {"train": np.array([0, 1, 9])}}, "node id out of range in split 'train'"),
+        ({"labels": np.full(4, -1)}, "no node has a label"),
+        ({"features": -np.eye(4, dtype=np.float32), "row_normalize": True}, "negative features have no row sum"),
+    ],
+)
+def test_what_is_wrong_with_a_graph_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_arrays(**arrays(**changes))
+
+
+def test_directed_graphs_are_made_symmetric_and_it_is_said():
+    graph = from_arrays(**arrays(edges=np.array([[0, 1, 1, 2, 2, 2], [1, 0, 2, 2, 0, 0]])))  # a loop, a repeat
+    np.testing.assert_array_equal(graph.adjacency.toarray()[:3, :3], 1 - np.eye(3))
+    assert graph.num_edges == 3
+    assert graph.notes == ("directed graph made symmetric: 2 edges had one direction only",)
+
+
+def test_rows_sum_to_one_and_rows_of_zeros_stay():
+    x = np.array([[1, 3], [0, 0]], np.float32)
+    for made in (rows_sum_to_one(x, "x"), rows_sum_to_one(sp.csr_matrix(x), "x")):
+        made = made.toarray() if sp.issparse(made) else made
+        np.testing.assert_allclose(made, [[0.25, 0.75], [0, 0]])
+
+
+def test_random_splits_are_disjoint_and_need_enough_nodes(graph):
+    one, two = random_split(graph, 0), random_split(graph, 1)
+    ids = np.concatenate(list(one.splits.values()))
+    assert len(np.unique(ids)) == len(ids) == 400
+    assert [len(one.splits[name]) for name in ("train", "val")] == [60, 90]
+    assert not np.array_equal(one.splits["train"], two.splits["train"])
+    with pytest.raises(ValueError, match="a random split needs 201"):
+        random_split(graph, 0, train=100, val=100)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_corruption_replaces_that_share_of_the_edges(graph, share):
+    changed = corrupt_edges(graph, share, seed=0)
+    assert changed.num_edges == graph.num_edges
+    kept = graph.adjacency.multiply(changed.adjacency).nnz // 2
+    assert kept == graph.num_edges - round(share * graph.num_edges)
+    assert (changed.adjacency != changed.adjacency.T).nnz == 0 and changed.adjacency.diagonal().sum() == 0
+
+
+def test_trusted_edges_are_those_of_similar_ends():
+    x = np.array([[1, 0], [1, 0.1], [0, 1], [0, 1]], np.float32)
+    trusted = trust_edges(from_arrays(**arrays(features=x)), 0.5)
+    assert trusted.adjacency.toarray().nonzero()[0].tolist() == [0, 1, 2, 3]  # 0-1 and 2-3
+
+
+def test_similar_nodes_are_joined_and_edges_stay():
+    x = np.array([[1, 0], [1, 0.1], [0, 1], [0, 0]], np.float32)
+    joined = add_similar(from_arrays(**arrays(features=x, edges=np.array([[2], [3]]))), 1)
+    # 0 and 1 choose each other, 2 chooses 1 (cosine 0.1), 3 has no features to choose by and keeps its edge
+    assert np.argwhere(np.triu(joined.adjacency.toarray())).tolist() == [[0, 1], [1, 2], [2, 3]]
+    with pytest.raises(ValueError, match="between 1 and 3, got 4"):
+        add_similar(joined, 4)
+
+
+class Attack:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_a_pickle_that_calls_a_function_is_refused(tmp_path, capsys):
+    for name, value in (("call", Attack()), ("nested", {"a": [Attack()]}), ("class", np.float64)):
+        path = tmp_path / name
+        path.write_bytes(pickle.dumps(value, protocol=2))
+        with pytest.raises(ValueError, match=rf"{name}: refused"):
+            load_pickle(path)
+    (tmp_path / "cut").write_bytes(pickle.dumps({1: [2]}, protocol=2)[:-4])
+    with pytest.raises(ValueError, match="refused"):
+        load_pickle(tmp_path / "cut")
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_a_matrix_whose_parts_disagree_is_refused(tmp_path):
+    matrix = sp.csr_matrix(np.eye(3, dtype=np.float32))
+    matrix.indices = np.array([0, 1, 7], np.int32)
+    # as the original files have it: scipy.sparse.csr, protocol 2
+    (tmp_path / "bad").write_bytes(pickle.dumps(matrix, protocol=2))
+    with pytest.raises(ValueError, match="refused"):
+        load_pickle(tmp_path / "bad")
+
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt") as file:
+        file.write("\n".join(",".join(map(str, row)) for row in rows) + "\n")
+
+
+def test_a_folder_of_ogb(tmp_path):
+    made = arrays()
+    write_csv(tmp_path / "raw" / "edge.csv.gz", made["edges"].T.tolist())
+    write_csv(tmp_path / "raw" / "node-feat.csv.gz", made["features"].tolist())
+    write_csv(tmp_path / "raw" / "node-label.csv.gz", made["labels"][:, None].tolist())
+    for split, stem in (("train", "train"), ("val", "valid"), ("test", "test")):
+        write_csv(tmp_path / "split" / "time" / f"{stem}.csv.gz", made["splits"][split][:, None].tolist())
+    graph = load_graph(str(tmp_path))
+    assert graph.num_nodes == 4 and graph.num_edges == 4 and graph.splits["test"].tolist() == [3]
+
+
+def test_a_saved_data_is_read_without_running_code(tmp_path):
+    data = pytest.importorskip("torch_geometric.data")
+    masks = {f"{name}_mask": torch.zeros(4, dtype=torch.bool) for name in ("train", "val", "test")}
+    masks["train_mask"][:2] = masks["val_mask"][2] = masks["test_mask"][3] = True
+    made = data.Data(x=torch.eye(4), edge_index=torch.tensor([[0, 1], [1, 0]]), y=torch.tensor([0, 1, 0, 1]), **masks)
+    torch.save(made, tmp_path / "data.pt")
+    graph = load_graph(str(tmp_path))
+    assert graph.num_edges == 1 and graph.splits["train"].tolist() == [0, 1]
+    torch.save({"x": Attack()}, tmp_path / "data.pt")
+    with pytest.raises(ValueError, match="refused"):
+        load_graph(str(tmp_path))
+    with pytest.raises(ValueError, match="train_mask has 3 entries for the features of 4 nodes"):
+        from_data({"x": torch.eye(4), "edge_index": made.edge_index, "y": made.y, "train_mask": torch.ones(3).bool()})
+
+
+def test_unknown_graphs_name_the_nearest(tmp_path):
+    with pytest.raises(FileNotFoundError, match="did you mean 'pubmed'"):
+        load_graph("pubmet")
+    with pytest.raises(FileNotFoundError, match="holds none of"):
+        load_graph(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="set SPARSE_MLP_DATA"):
+        load_graph("cora", tmp_path)
+
+
+# nodes, undirected edges, features, classes, training nodes: the counts torch_geometric documents
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("cora", (2708, 5278, 1433, 7, 140)),
+        ("citeseer", (3327, 4552, 3703, 6, 120)),
+        ("pubmed", (19717, 44324, 500, 3, 60)),
+        ("photo", (7650, 119081, 745, 8, 160)),
+        ("computers", (13752, 245861, 767, 10, 200)),
+        ("cs", (18333, 81894, 6805, 15, 300)),
+        ("physics", (34493, 247962, 8415, 5, 100)),
+    ],
+)
+def test_the_papers_graphs(data_root, name, counts):
+    graph = load_graph(name, data_root)
+    sizes = (graph.num_nodes, graph.num_edges, graph.features.shape[1], graph.num_classes)
+    assert (*sizes, len(graph.splits["train"])) == counts
+    sums = np.asarray(graph.features.sum(1)).reshape(-1)
+    assert np.logical_or(np.abs(sums - 1) < 1e-4, sums == 0).all()

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import MNIST
+
+from sparse_mlp.data import SETS, AugmentConfig, DataConfig, build_datasets, default_root, train_loader
+
+PLAIN = AugmentConfig()
+
+
+def test_digits_are_split_into_fixed_stratified_thirds():
+    data = build_datasets(DataConfig(), PLAIN)
+    assert (len(data.train), len(data.test)) == (1198, 599)
+    assert (data.spec.channels, data.spec.image_size, len(data.classes)) == (1, 8, 10)
+    counts = [np.bincount(images.labels, minlength=10) for images in (data.train, data.test)]
+    assert np.abs(counts[0] - 2 * counts[1]).max() <= 2
+    # The split of every number that was ever published with this recipe.
+    assert data.test.labels[:20].tolist() == [2, 3, 7, 0, 8, 4, 8, 4, 6, 5, 4, 9, 8, 4, 8, 9, 7, 2, 7, 5]
+
+
+def test_known_mean_and_deviation_are_those_of_the_training_images():
+    data = build_datasets(DataConfig(), PLAIN)
+    pixels = data.train.batch(range(len(data.train)))["image"]
+    assert abs(pixels.mean()) < 0.01 and abs(pixels.std() - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "classes"), [("cifar10", (50_000, 10_000), 10), ("cifar100_fifth", (10_000, 2_000), 100)]
+)
+def test_cifar_from_strips(data_root: Path, name: str, sizes: tuple[int, int], classes: int):
+    data = build_datasets(DataConfig(name=name, root=str(data_root / name.removesuffix("_fifth"))), PLAIN)
+    assert (len(data.train), len(data.test)) == sizes
+    assert (data.spec.channels, data.spec.image_size, len(data.classes)) == (3, 32, classes)
+    assert (np.bincount(data.train.labels) == sizes[0] // classes).all()
+    assert (np.bincount(data.test.labels) == sizes[1] // classes).all()
+    pixels = data.train.batch(range(sizes[0]))["image"]
+    tolerance = 0.01 if name == "cifar10" else 0.05  # the fifth is measured with the figures of the whole
+    assert pixels.mean((0, 2, 3)).abs().max() < tolerance and (pixels.std((0, 2, 3)) - 1).abs().max() < tolerance
+
+
+def test_images_of_another_size():
+    data = build_datasets(DataConfig(image_size=16), AugmentConfig(pad=1))
+    assert data.train.batch([0, 1], (0, 0))["image"].shape == data.test.batch([0, 1])["image"].shape == (2, 1, 16, 16)
+
+
+def test_default_root_follows_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("SPARSE_MLP_DATA", raising=False)
+    assert default_root("cifar10") == Path("data/cifar10")
+    monkeypatch.setenv("SPARSE_MLP_DATA", str(tmp_path))
+    assert default_root("cifar100_fifth") == tmp_path / "cifar100"
+    assert default_root("torch/cifar10") == tmp_path / "torch_cifar10"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DataConfig(name="cifr10"), "did you mean cifar10"),
+        (DataConfig(name="folder"), "--data.root"),
+        (DataConfig(num_classes=7), "num_classes is 7, but digits has 10"),
+        (DataConfig(channels=3), "channels is 3"),
+        (DataConfig(on_bad_image="skip"), "on_bad_image 'skip' would be ignored"),
+        (DataConfig(name="torch/nothing"), "torch/nothing"),
+        (DataConfig(name="torch/cifar10", num_samples=3), "num_samples"),
+        (DataConfig(name="cifar100_fifth", download=True), "download True would be ignored"),
+        (DataConfig(test_share=0.1), "test_share 0.1 would be ignored"),
+        (DataConfig(crop_pct=0.9), "crop_pct"),
+        (DataConfig(train_split="x"), "train_split"),
+        (DataConfig(mean=(0.1, 0.2)), "one number for each"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(config: DataConfig, message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        build_datasets(config, PLAIN)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if name.startswith("cifar")])
+def test_a_set_that_is_not_there_says_what_is_expected_where(name: str, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="expected") as error:
+        build_datasets(DataConfig(name=name, root=str(tmp_path)), PLAIN)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_timm_set_is_read_one_by_one(tmp_path: Path, channels: int):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for kind, count in (("train", 12), ("t10k", 6)):
+        write_idx(raw / f"{kind}-images-idx3-ubyte", np.arange(count * 28 * 28).reshape(count, 28, 28) % 256)
+        write_idx(raw / f"{kind}-labels-idx1-ubyte", np.arange(count) % 10)
+    config = DataConfig(name="torch/mnist", root=str(tmp_path), image_size=32, channels=channels, batch_size=4)
+    data = build_datasets(config, AugmentConfig(crop_scale=(0.5, 1.0)))
+    assert (len(data.train), len(data.test)) == (12, 6) and data.classes == MNIST.classes
+    batch = next(iter(train_loader(data, config, 0, steps=1)))
+    assert batch["image"].shape == (4, channels, 32, 32)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+def test_sets_can_go_to_worker_processes_by_spawn():
+    data = build_datasets(DataConfig(), AugmentConfig(pad=1, erase=0.1, mixup=0.2))
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy.train.batch([3], (0, 0))["image"], data.train.batch([3], (0, 0))["image"])

@@ -1,0 +1,89 @@
+"""Streams: timm's IterableImageDataset over a reader of our own, which counts instead of reading shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import IterableImageDataset
+from torch.utils.data import get_worker_info
+
+from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, eval_loader, steps_per_epoch
+from sparse_mlp.data import train_loader as loader
+from sparse_mlp.data.sets import _build_files
+
+CONFIG = DataConfig(name="wds/counted", image_size=16, batch_size=4, eval_batch_size=5, num_classes=3)
+
+
+class Reader:
+    """Yields grey levels as images; the order of an epoch is its own."""
+
+    def __init__(self, count: int, told: int | None = None) -> None:
+        self.count, self.told, self.epoch = count, told or count, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.told
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        info = get_worker_info()
+        order = np.random.default_rng(self.epoch).permutation(self.count)
+        for i in order[info.id :: info.num_workers] if info else order:
+            yield Image.fromarray(np.full((20, 20, 3), i, dtype=np.uint8)), int(i) % 3
+
+
+def build(train: int = 18, told: int | None = None, mixup: float = 0.0) -> ImageData:
+    sets = [IterableImageDataset("", reader=Reader(train, told)), IterableImageDataset("", reader=Reader(12))]
+    augment = AugmentConfig(crop_scale=(0.3, 1.0), flip=0.5, erase=0.5, mixup=mixup)
+    return _build_files(CONFIG, augment, *sets, classes=["a", "b", "c"])
+
+
+def test_an_epoch_has_its_whole_batches():
+    assert steps_per_epoch(build(), CONFIG) == 4
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+@pytest.mark.parametrize("start", [1, 4, 6])
+def test_resuming_without_workers_is_exact_because_the_batches_before_are_read(start: int, mixup: float):
+    whole = list(loader(build(mixup=mixup), CONFIG, 0, steps=9))
+    assert len(whole) == 9 and whole[0]["image"].shape == (4, 3, 16, 16)
+    for first, second in zip(
+        whole[start:], loader(build(mixup=mixup), CONFIG, 0, start_step=start, steps=9 - start), strict=True
+    ):
+        assert torch.equal(first["image"], second["image"]) and torch.equal(first["target"], second["target"])
+
+
+def test_epochs_differ():
+    batches = list(loader(build(), CONFIG, 0, steps=8))
+    assert not torch.equal(batches[0]["image"], batches[4]["image"])
+
+
+def test_the_global_generators_are_left_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    list(loader(build(), CONFIG, 0, steps=5))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_takes_all_images(workers: int):
+    targets = [t for batch in eval_loader(build(), replace(CONFIG, workers=workers)) for t in batch["target"].tolist()]
+    assert sorted(targets) == sorted(i % 3 for i in range(12))
+
+
+def test_a_stream_shorter_than_told_is_an_error():
+    with pytest.raises(ValueError, match="ended after 4 of 10 batches"):
+        list(loader(build(18, told=40), CONFIG, 0, steps=10))
+
+
+def test_a_stream_that_does_not_tell_its_length_is_an_error():
+    data = build()
+    data.train.reader = iter([])
+    with pytest.raises(ValueError, match="num-samples"):
+        steps_per_epoch(data, CONFIG)
