@@ -1,0 +1,28 @@
+"""The training engine: how something is learned, whatever it is."""
+
+from sparse_mlp.engine.checkpoint import last_checkpoint, list_checkpoints
+from sparse_mlp.engine.config import FREE_ON_RESUME, OptimConfig, ScheduleConfig, TrainConfig, check_configs
+from sparse_mlp.engine.errors import CheckpointError, NonFiniteError, TrainingError, TrainingStopped
+from sparse_mlp.engine.run import RunFolder
+from sparse_mlp.engine.task import Batch, Evaluation, Loaders, Task
+from sparse_mlp.engine.trainer import Trainer
+
+__all__ = [
+    "FREE_ON_RESUME",
+    "Batch",
+    "CheckpointError",
+    "Evaluation",
+    "Loaders",
+    "NonFiniteError",
+    "OptimConfig",
+    "RunFolder",
+    "ScheduleConfig",
+    "Task",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
+    "TrainingStopped",
+    "check_configs",
+    "last_checkpoint",
+    "list_checkpoints",
+]

@@ -1,0 +1,47 @@
+"""What happens to a batch before the model sees it, and the seeding of everything random in a step."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_mlp.engine.task import Batch
+
+
+def move(value: Any, device: torch.device, memory_format: torch.memory_format) -> Any:
+    """Tensors in nested lists, tuples and dicts to the device; 4-dimensional ones in `memory_format`."""
+    if isinstance(value, Tensor):
+        layout = memory_format if value.ndim == 4 else torch.preserve_format
+        return value.to(device, non_blocking=True, memory_format=layout)
+    if isinstance(value, dict):
+        return {name: move(entry, device, memory_format) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(move(entry, device, memory_format) for entry in value)
+    return value
+
+
+def cut(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
+    """Micro-batches in order, each with its share of the items."""
+    if parts == 1:
+        return [(batch, 1.0)]
+    size = len(next(iter(batch.values())))
+    edges = [size * part // parts for part in range(parts + 1)]
+    return [({name: entry[a:b] for name, entry in batch.items()}, (b - a) / size) for a, b in pairwise(edges)]
+
+
+def seed_torch(device: torch.device, *key: int) -> None:
+    """Seed torch's generators of the CPU and of `device` from integers.
+
+    torch.manual_seed would do, but records a traceback for every GPU that is not in use: 0.1 ms a call.
+    """
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    value = int.from_bytes(digest, "little") >> 1
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(value)

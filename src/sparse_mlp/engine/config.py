@@ -1,0 +1,197 @@
+"""How training runs: frozen dataclasses, every field a command-line option."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+import timm.optim
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser. Weight decay leaves out biases, norms and what the model's no_weight_decay() names."""
+
+    opt: str = "adamw"
+    """Any optimiser of timm: adamw, lamb, sgd, ... (timm.optim.list_optimizers())."""
+
+    lr: float = 1e-3
+    """Highest learning rate, reached after warm-up."""
+
+    weight_decay: float = 0.05
+    """Decoupled weight decay (for sgd: L2)."""
+
+    betas: tuple[float, float] | None = None
+    """Decay of the two moments. Left out: the optimiser's own, for adamw (0.9, 0.999)."""
+
+    eps: float | None = None
+    """Term in the denominator. Left out: the optimiser's own."""
+
+    momentum: float | None = None
+    """Momentum of sgd and its kin. Left out: 0.9."""
+
+    layer_decay: float | None = None
+    """Factor on the learning rate per layer, from the head down to the stem, for fine-tuning; 0.65 to 0.9 are usual."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the updates: a linear warm-up, then the schedule down to min_lr at the end."""
+
+    sched: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+
+    warmup_steps: int | None = None
+    """Updates of warm-up. Left out: none, unless warmup_epochs is given."""
+
+    warmup_epochs: float | None = None
+    """The same in epochs."""
+
+    warmup_lr: float | None = None
+    """Learning rate at the first update of the warm-up. Left out: a thousandth of optim.lr."""
+
+    min_lr: float = 0.0
+    """Learning rate that the last update comes close to (not for constant)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, precision, saving. Exactly one of epochs, steps and minutes is given."""
+
+    epochs: float | None = None
+    """Passes over the training set."""
+
+    steps: int | None = None
+    """Updates of the weights."""
+
+    minutes: float | None = None
+    """Training time, evaluation and saving not counted. The number of updates that fit is measured before the first
+    one (on real batches; the weights are put back) and then fixed, so that schedule and resumed runs are exact."""
+
+    seed: int = 0
+    """Of everything random: order of the data, augmentation, mixing, drop path, router noise."""
+
+    amp: Literal["bf16", "fp16"] | None = None
+    """Mixed precision in training; fp16 with loss scaling. Evaluation is in float32."""
+
+    grad_accum: int = 1
+    """Parts the batch of a step is cut into, one after the other through the model, to save memory."""
+
+    clip_grad: float | None = None
+    """Largest norm of all gradients together (lamb also clips at 1 by itself)."""
+
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights, 0.999 to 0.9999, and evaluate it too."""
+
+    ema_warmup: bool = False
+    """Let the decay rise to ema_decay over the first updates, for short runs."""
+
+    compile: bool = False
+    """torch.compile the model: slower to start, faster to run, above all on GPUs."""
+
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+
+    channels_last: bool = False
+    """Memory format for convolutions."""
+
+    deterministic: bool = False
+    """Only deterministic kernels of torch. On a CPU runs repeat to the bit without it; on a GPU some sums need it."""
+
+    log_every: int = 10
+    """Updates between two lines of metrics."""
+
+    eval_every: int | None = None
+    """Updates between two evaluations. Left out: once an epoch. 0: only at the end."""
+
+    save_every: int | None = None
+    """Updates between two checkpoints. Left out: once an epoch. 0: only at the end (and when stopped)."""
+
+    keep: int = 2
+    """Checkpoints to keep, the newest ones."""
+
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda, cuda:1, ... Under torchrun each process takes its own GPU."""
+
+    threads: int | None = None
+    """CPU threads of torch in each process. Left out: torch's own choice."""
+
+
+FREE_ON_RESUME = ("compile", "log_every", "eval_every", "save_every", "keep", "device", "threads", "deterministic")
+"""Fields of TrainConfig that may change when a run is resumed: they are not meant to change the weights."""
+
+
+def check_configs(optim: OptimConfig, schedule: ScheduleConfig, train: TrainConfig) -> None:
+    """ValueError, one line, for values that cannot be or that would be ignored."""
+    _check_optim(optim)
+    _check_schedule(schedule, optim)
+    _check_train(train)
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    known = [str(name) for name in timm.optim.list_optimizers()]
+    if optim.opt not in known:
+        near = difflib.get_close_matches(optim.opt, known, n=3)
+        raise ValueError(f"unknown optimiser {optim.opt!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+    info = timm.optim.get_optimizer_info(optim.opt)
+    for name, has in (("betas", info.has_betas), ("eps", info.has_eps), ("momentum", info.has_momentum)):
+        if getattr(optim, name) is not None and not has:
+            raise ValueError(f"optim.{name} {getattr(optim, name)} would be ignored: {optim.opt} has none")
+    _positive("optim.lr", optim.lr)
+    _at_least("optim.weight_decay", optim.weight_decay, 0)
+    if optim.layer_decay is not None and not 0 < optim.layer_decay <= 1:
+        raise ValueError(f"optim.layer_decay {optim.layer_decay} is not in (0, 1]")
+
+
+def _check_schedule(schedule: ScheduleConfig, optim: OptimConfig) -> None:
+    if schedule.sched not in ("cosine", "linear", "constant"):
+        raise ValueError(f"unknown schedule {schedule.sched!r}; allowed are cosine, linear, constant")
+    if schedule.warmup_steps is not None and schedule.warmup_epochs is not None:
+        raise ValueError(
+            f"schedule.warmup_steps {schedule.warmup_steps} and schedule.warmup_epochs {schedule.warmup_epochs} "
+            "exclude each other"
+        )
+    _at_least("schedule.warmup_steps", schedule.warmup_steps, 0)
+    _at_least("schedule.warmup_epochs", schedule.warmup_epochs, 0)
+    if schedule.sched == "constant" and schedule.min_lr:
+        raise ValueError(f"schedule.min_lr {schedule.min_lr} would be ignored: the schedule is constant")
+    if schedule.warmup_lr is not None and not (schedule.warmup_steps or schedule.warmup_epochs):
+        raise ValueError(f"schedule.warmup_lr {schedule.warmup_lr} would be ignored: there is no warm-up")
+    for name in ("warmup_lr", "min_lr"):
+        value = getattr(schedule, name)
+        _at_least(f"schedule.{name}", value, 0)
+        if value is not None and value > optim.lr:
+            raise ValueError(f"schedule.{name} {value} is above optim.lr {optim.lr}")
+
+
+def _check_train(train: TrainConfig) -> None:
+    given = {name: getattr(train, name) for name in ("epochs", "steps", "minutes")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        said = " and ".join(f"train.{name} {value}" for name, value in given.items()) or "none"
+        raise ValueError(f"exactly one of train.epochs, train.steps and train.minutes says how long; given: {said}")
+    for name, value in given.items():
+        _positive(f"train.{name}", value)
+    for name in ("grad_accum", "log_every", "keep", "threads"):
+        _at_least(f"train.{name}", getattr(train, name), 1)
+    for name in ("seed", "eval_every", "save_every"):
+        _at_least(f"train.{name}", getattr(train, name), 0)
+    if train.amp not in (None, "bf16", "fp16"):
+        raise ValueError(f"unknown train.amp {train.amp!r}; allowed are bf16, fp16 and None")
+    if train.clip_grad is not None:
+        _positive("train.clip_grad", train.clip_grad)
+    if train.ema_decay is not None and not 0 < train.ema_decay < 1:
+        raise ValueError(f"train.ema_decay {train.ema_decay} is not between 0 and 1")
+    if train.ema_warmup and train.ema_decay is None:
+        raise ValueError("train.ema_warmup would be ignored: train.ema_decay is not set")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} {value} is not positive")
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and not value >= least:
+        raise ValueError(f"{name} {value} is below {least}")

@@ -1,0 +1,127 @@
+"""The weights and everything that changes them: one update, and what of it a checkpoint holds."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from sparse_mlp.distributed import rank, sync_balance, world_size, wrap
+from sparse_mlp.engine.batch import cut, move, seed_torch
+from sparse_mlp.engine.checkpoint import join_tensors, split_tensors
+from sparse_mlp.engine.config import OptimConfig, TrainConfig
+from sparse_mlp.engine.optim import create_optimizer
+from sparse_mlp.engine.task import Batch, Task
+from sparse_mlp.moe import set_balance_scale
+
+_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Learner:
+    """A task on its device with optimiser, loss scaling and moving average."""
+
+    def __init__(self, task: Task, optim: OptimConfig, train: TrainConfig, device: torch.device) -> None:
+        self.optim, self.train, self.device = optim, train, device
+        self.memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
+        self.task = task.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        if train.grad_checkpointing:
+            _checkpoint_activations(task.backbone())
+        if train.compile:
+            task.backbone().compile()
+        self._moe_layers = sync_balance(task)
+        self.module = wrap(task, device)
+        self.start()
+
+    def start(self) -> None:
+        """A fresh optimiser, loss scale and average of the present weights."""
+        self.optimizer = create_optimizer(self.task, self.optim)
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.train.amp == "fp16")
+        self.ema: ModelEmaV3 | None = None
+        if self.train.ema_decay is not None:
+            self.ema = ModelEmaV3(self.task, decay=self.train.ema_decay, use_warmup=self.train.ema_warmup)
+        self._balance_scale: float | None = None
+
+    def update(self, batch: Batch, step: int, steps: int, *, measure: bool) -> dict[str, Tensor]:
+        """Update the weights from this rank's share of the global batch of `step`.
+
+        Returns what the task reported, and the norm of the gradient if it was clipped or `measure` is set. Only fp16
+        waits for the device, to see whether the step is to be skipped.
+        """
+        batch = move(batch, self.device, self.memory_format)
+        self.task.before_step(step, steps)
+        values: dict[str, Tensor] = {}
+        parts = cut(batch, self.train.grad_accum)
+        for number, (part, share) in enumerate(parts):
+            seed_torch(self.device, self.train.seed, step, rank(), number)
+            for name, value in self._accumulate(part, share, last=number == len(parts) - 1).items():
+                values[name] = values[name] + value if name in values else value
+        if self.train.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            values["grad_norm"] = clip_grad_norm_(self.parameters, self.train.clip_grad)
+        elif measure:
+            self.scaler.unscale_(self.optimizer)
+            values["grad_norm"] = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.task, step=step + 1)
+        return values
+
+    def _accumulate(self, part: Batch, share: float, *, last: bool) -> dict[str, Tensor]:
+        """Add the gradient of a micro-batch with `share` of the items; ranks exchange gradients at the last one."""
+        if self._moe_layers:  # their balance loss does not pass through the loss that is scaled below
+            self._scale_balance(self.scaler.get_scale() * share)
+        waiting = contextlib.nullcontext() if last or world_size() == 1 else self.module.no_sync()  # type: ignore[operator]
+        with waiting:
+            with torch.autocast(self.device.type, _AMP.get(self.train.amp or ""), enabled=self.train.amp is not None):
+                values = self.module(part)
+            self.scaler.scale(values["loss"] * share).backward()
+        return {name: value.detach().float() * share for name, value in values.items()}
+
+    def _scale_balance(self, scale: float) -> None:
+        if scale != self._balance_scale:
+            set_balance_scale(self.task, scale)
+            self._balance_scale = scale
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint has to hold: the live tensors by name, and numbers that go through JSON."""
+        tensors = {f"task.{name}": tensor for name, tensor in self.task.state_dict().items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.module.state_dict().items()}
+        optimizer = split_tensors(get_optimizer_state_dict(self.task, self.optimizer), "optimizer", tensors)
+        return tensors, {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Go back to a state whose tensors were loaded in place into those that `state` gave."""
+        optimizer = join_tensors(numbers["optimizer"], tensors)
+        set_optimizer_state_dict(self.task, self.optimizer, optim_state_dict=optimizer)
+        self.scaler.load_state_dict(numbers["scaler"])
+        self._balance_scale = None
+
+    def not_finite(self) -> str | None:
+        """Name of a weight, or averaged weight, with NaN or infinity in it; waits for the device."""
+        named = list(self.task.named_parameters())
+        if self.ema is not None:
+            named += [(f"the average of {name}", tensor) for name, tensor in self.ema.module.named_parameters()]
+        finite = torch.stack([tensor.isfinite().all() for _, tensor in named])
+        return None if finite.all() else named[int(finite.int().argmin())][0]
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """File names and tensors of the bare model, for use outside training."""
+        files = {"model.safetensors": self.task.backbone().state_dict()}
+        if self.ema is not None:
+            files["model_ema.safetensors"] = self.ema.module.backbone().state_dict()
+        return files
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    if not hasattr(model, "set_grad_checkpointing"):
+        raise ValueError(f"train.grad_checkpointing is set, but {type(model).__name__} cannot do it")
+    model.set_grad_checkpointing(True)  # type: ignore[operator]

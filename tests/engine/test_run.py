@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+
+from sparse_mlp.engine import RunFolder
+from sparse_mlp.engine import run as run_module
+
+
+def test_create_and_open(tmp_path):
+    config = {"name": "x", "train": {"epochs": 2.0, "betas": [0.9, 0.99]}, "none": None}
+    RunFolder.create(tmp_path / "deep/run", config)
+    assert RunFolder.open(tmp_path / "deep/run").config() == config
+    assert not list((tmp_path / "deep/run").glob(".*"))
+    with pytest.raises(FileExistsError, match=r"^\S+/deep/run holds a run already; go on with --resume \S+/deep/run"):
+        RunFolder.create(tmp_path / "deep/run", config)
+    with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no config.json"):
+        RunFolder.open(tmp_path / "deep")
+
+
+def test_damaged_configuration(tmp_path):
+    run = RunFolder.create(tmp_path, {"a": 1})
+    run.config_path.write_text('{"a": ')
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON") as caught:
+        run.config()
+    assert "\n" not in str(caught.value)
+
+
+def test_environment(tmp_path):
+    environment = run_module.environment()
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert environment["hardware"]["cores"] >= 1
+    assert environment["hardware"]["memory_gib"] > 0
+    assert environment["date"].endswith("+00:00")
+
+
+def test_commit_is_that_of_the_tracked_source(tmp_path, monkeypatch):
+    def git(*arguments):
+        return subprocess.run(["git", "-C", tmp_path, *arguments], check=True, capture_output=True, text=True).stdout
+
+    source = tmp_path / "package.py"
+    source.write_text("")
+    monkeypatch.setattr(run_module, "__file__", str(source))
+    nothing = {"git_commit": None, "git_changed": None}
+    assert {k: v for k, v in run_module.environment().items() if "git" in k} == nothing
+    git("init", "-q")
+    (tmp_path / "other").write_text("")
+    git("add", "other")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
+    # Installed inside somebody else's checkout: not their commit.
+    assert {k: v for k, v in run_module.environment().items() if "git" in k} == nothing
+    git("add", "package.py")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "second")
+    head = git("rev-parse", "HEAD").strip()
+    assert run_module.environment()["git_commit"] == head
+    assert run_module.environment()["git_changed"] is False
+    source.write_text("changed")
+    assert run_module.environment()["git_changed"] is True
