@@ -1,0 +1,128 @@
+"""Image classification: cross-entropy, or sigmoids as the Mixer's pre-training has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from timm.loss import BinaryCrossEntropy
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_mlp.distributed import broadcast, gather
+from sparse_mlp.engine import Batch, Evaluation, Task
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """What a classifier learns from."""
+
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """cross_entropy, or bce: one sigmoid a class, summed over the classes."""
+
+    smoothing: float = 0.0
+    """Share of every target that is spread evenly over the classes."""
+
+
+class Classify(Task):
+    """A timm model that learns the classes of images.
+
+    Batches hold `image` (B, C, H, W), `target` (B,) class numbers or (B, classes) shares, and `index` (B,).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ClassifyConfig | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """ValueError if the model's classes are not as many as `class_names`, or for an unknown loss."""
+        super().__init__()
+        config = config or ClassifyConfig()
+        self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
+        if class_names is not None and len(class_names) != self.num_classes:
+            raise ValueError(f"the model has {self.num_classes} classes, the data have {len(class_names)}")
+        if not 0 <= config.smoothing < 1:
+            raise ValueError(f"task.smoothing {config.smoothing} is not in [0, 1)")
+        self.model, self.smoothing = model, config.smoothing
+        self.class_names = list(class_names) if class_names is not None else None
+        self.criterion = _criterion(config.loss)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        logits = self.model(batch["image"])
+        target = batch["target"]
+        loss = self.criterion(logits.float(), self._shares(target))
+        best = target if target.ndim == 1 else target.argmax(dim=1)
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == best).float().mean()}
+
+    def backbone(self) -> nn.Module:
+        return self.model
+
+    def param_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
+        names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()  # type: ignore[operator]
+        spared = {*names, "*.bias"}  # stacked experts have biases of two dimensions
+        if layer_decay is None:
+            return param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=spared)
+        return param_groups_layer_decay(self.model, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[Batch], device: torch.device) -> Evaluation:
+        """`loss` (without smoothing), `top1`, `top5`, `images` over all ranks; predictions `index`, `target`, `logits`.
+
+        In float32; an image that two ranks saw, or one rank twice, counts once.
+        """
+        training = self.training
+        self.eval()
+        try:
+            rows = [(batch["index"], batch["target"], self._logits(batch["image"].to(device))) for batch in loader]
+        finally:
+            self.train(training)
+        columns = [torch.cat(column).numpy() for column in zip(*rows, strict=True)]
+        ranks = gather(columns)
+        if ranks is None:
+            return Evaluation(broadcast(dict[str, float]()))
+        found = [columns for columns in ranks if columns]
+        if not found:
+            raise ValueError("there are no images to evaluate on")
+        index, target, logits = _once(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        metrics = self._metrics(torch.from_numpy(target), torch.from_numpy(logits))
+        return Evaluation(broadcast(metrics), {"index": index, "target": target, "logits": logits})
+
+    def _logits(self, image: Tensor) -> Tensor:
+        return self.model(image).float().cpu()
+
+    def _metrics(self, target: Tensor, logits: Tensor) -> dict[str, float]:
+        best = logits.topk(min(5, self.num_classes), dim=1).indices == target[:, None]
+        loss = self.criterion(logits.double(), F.one_hot(target, self.num_classes).double())
+        return {
+            "loss": float(loss),
+            "top1": float(best[:, 0].double().mean()),
+            "top5": float(best.any(dim=1).double().mean()),
+            "images": len(target),
+        }
+
+    def _shares(self, target: Tensor) -> Tensor:
+        """Smoothed targets (B, classes) from class numbers or shares."""
+        if target.ndim == 1:
+            target = F.one_hot(target, self.num_classes).float()
+        return target * (1 - self.smoothing) + self.smoothing / self.num_classes
+
+
+def _once(index: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Rows in the order of their index, each index once; rows of streams, which have index -1, all stay."""
+    first = np.unique(index, return_index=True)[1]
+    rows = np.concatenate([first[index[first] >= 0], np.flatnonzero(index < 0)])
+    return index[rows], *(column[rows] for column in columns)
+
+
+def _criterion(loss: str) -> nn.Module:
+    if loss == "cross_entropy":
+        return nn.CrossEntropyLoss()
+    if loss == "bce":
+        return BinaryCrossEntropy(smoothing=0.0, sum_classes=True)
+    raise ValueError(f"unknown task.loss {loss!r}; allowed are cross_entropy and bce")

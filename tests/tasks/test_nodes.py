@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_mlp.data.graphs import NodeBatches, eval_batches, planted_graph
+from sparse_mlp.models.graph_mlp import GraphMlp, n_contrast
+from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return planted_graph(400, 2000, classes=3, features=8)
+
+
+def make(config, **options):
+    torch.manual_seed(0)
+    return NodeClassify(GraphMlp(8, 3, hidden_dim=16, drop_rate=0.0, **options), config)
+
+
+def test_the_total_is_the_sum_of_its_parts(graph):
+    config = NodeLossConfig(alpha=3.0, tau=0.7, consistency=0.5)
+    task, batch = make(config), NodeBatches(graph, 200, 2, 0)[0]
+    out = task(batch)
+    z = task.model.forward_features(batch["features"])
+    logits = task.model.forward_head(z)
+    labelled = batch["target"] >= 0
+    nll = torch.nn.functional.cross_entropy(logits[labelled], batch["target"][labelled])
+    contrast = n_contrast(z, batch["rows"], batch["cols"], batch["weights"], 0.7)
+    # agreement, naively: every row's neighbours, labels where known, squared (temperature 1/2), normalised
+    belief = logits.softmax(1)
+    belief[labelled] = torch.eye(3)[batch["target"][labelled]]
+    power = torch.zeros(200, 200)
+    power[batch["rows"], batch["cols"]] = batch["weights"]
+    wanted = (power @ belief).detach() ** 2
+    wanted = wanted / wanted.sum(1, keepdim=True)
+    agreement = -(wanted * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(out["loss"], nll + 3 * contrast + 0.5 * agreement)
+    assert out["accuracy"].item() == pytest.approx(
+        (logits[labelled].argmax(1) == batch["target"][labelled]).float().mean().item()
+    )
+    assert not any(value.requires_grad for name, value in out.items() if name != "loss")
+
+
+def test_consistency_rises_over_the_ramp():
+    task = make(NodeLossConfig(consistency=2.0, ramp=0.5))
+    weights = []
+    for step in (0, 25, 50, 99):
+        task.before_step(step, 100)
+        weights.append(task.consistency)
+    assert weights == [0, 1, 2, 2]
+
+
+def test_the_graph_teaches_what_labels_alone_do_not():
+    graph = planted_graph(400, 2000, classes=3, features=24)
+    scores = {}
+    for alpha in (0.0, 1.0):
+        torch.manual_seed(0)
+        task = NodeClassify(GraphMlp(24, 3, hidden_dim=16, drop_rate=0.0), NodeLossConfig(alpha=alpha))
+        optimizer = torch.optim.Adam(task.param_groups(5e-3), lr=0.01)
+        batches = NodeBatches(graph, 400, 2, 0)
+        for step in range(100):
+            task(batches[step])["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        scores[alpha] = task.evaluate(eval_batches(graph), torch.device("cpu")).metrics["top1"]
+    assert scores[1.0] > scores[0.0] + 0.03
+
+
+def test_evaluation_keeps_the_mode_and_the_order(graph):
+    task = make(NodeLossConfig()).train()
+    result = task.evaluate(eval_batches(graph, size=7), torch.device("cpu"))
+    assert task.training and task.model.training
+    np.testing.assert_array_equal(result.predictions["index"], graph.splits["test"])
+    right = result.predictions["logits"].argmax(1) == graph.labels[graph.splits["test"]]
+    assert result.metrics["top1"] == pytest.approx(right.mean())
+    assert 0 <= result.metrics["val_top1"] <= 1
+    with pytest.raises(ValueError, match="no validation or test nodes"):
+        task.evaluate(eval_batches(replace(graph, splits={})), torch.device("cpu"))
+
+
+RANKS = """
+import os, sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from sparse_mlp.data.graphs import NodeBatches, planted_graph
+from sparse_mlp.models.graph_mlp import GraphMlp
+from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
+torch.set_num_threads(1)
+ranks = int(os.environ.get("WORLD_SIZE", 1))
+rank = int(os.environ.get("RANK", 0))
+graph = planted_graph(400, 2000, classes=3, features=8)
+torch.manual_seed(0)
+task = NodeClassify(GraphMlp(8, 3, hidden_dim=16, drop_rate=0.0), NodeLossConfig(consistency=0.5))
+if ranks > 1:
+    dist.init_process_group("gloo")
+module = DistributedDataParallel(task) if ranks > 1 else task
+optimizer = torch.optim.Adam(task.param_groups(5e-3), lr=0.01)
+batches = NodeBatches(graph, 200, 2, 0, rank=rank, world_size=ranks)
+losses = []
+for step in range(5):
+    out = module(batches[step])
+    optimizer.zero_grad(); out["loss"].backward(); optimizer.step()
+    value = torch.stack([out["loss"].detach(), out["accuracy"].float()])
+    if ranks > 1:
+        dist.all_reduce(value); value /= ranks
+    losses += value.tolist()
+if rank == 0:
+    torch.save((losses, task.state_dict()), sys.argv[1])
+if ranks > 1:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_learn_what_one_learns(tmp_path):
+    """Takes seconds: two fresh processes."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    source = str(Path(__file__).parents[2] / "src")
+    results = {}
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.pt"
+        base = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + os.getpid() % 300)}
+        command = [sys.executable, str(tmp_path / "ranks.py"), str(out)]
+        running = [
+            subprocess.Popen(command, env=base | ({"RANK": str(r), "WORLD_SIZE": "2"} if ranks == 2 else {}))
+            for r in range(ranks)
+        ]
+        assert [process.wait(timeout=120) for process in running] == [0] * ranks
+        results[ranks] = torch.load(out, weights_only=True)
+    assert results[2][0] == pytest.approx(results[1][0], abs=1e-5)
+    for name, value in results[1][1].items():
+        torch.testing.assert_close(results[2][1][name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -1.0}, "must not be negative, got -1.0"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"ramp": 2.0}, "ramp must be between 0 and 1, got 2.0"),
+        ({"similarity": "int8"}, "'float32' or 'bfloat16', got 'int8'"),
+    ],
+)
+def test_wrong_losses_name_the_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        NodeLossConfig(**options)
+    with pytest.raises(ValueError, match="layer_decay"):
+        make(NodeLossConfig()).param_groups(0.1, 0.5)
