@@ -1,0 +1,8 @@
+"""Figures and the HTML report of a run, and of several runs side by side."""
+
+from sparse_mlp.report.compare import write_comparison
+from sparse_mlp.report.report import write_report
+from sparse_mlp.report.run import Run, read_run
+from sparse_mlp.report.samples import Samples, wanted_images
+
+__all__ = ["Run", "Samples", "read_run", "wanted_images", "write_comparison", "write_report"]

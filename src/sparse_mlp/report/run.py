@@ -1,0 +1,309 @@
+"""Read a run folder: configuration, environment, metrics, predictions. What does not fit is a one-line error."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from sparse_mlp.engine import RunFolder
+
+# Numbers read from the lines of metrics, by kind.
+_TRAIN = ("loss", "accuracy", "balance", "lr", "grad_norm", "images_per_s")
+_EVAL = ("loss", "top1", "top5")
+_ROUTING = ("dropped", "entropy")
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: stored, but no parameters
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Metrics over training: `step` and `time` (s) of each line, and the values, NaN where a line has none."""
+
+    step: Floats
+    time: Floats
+    values: dict[str, Floats]
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def get(self, key: str) -> Floats:
+        return self.values.get(key, np.full(len(self.step), np.nan))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one MoE layer reported over T lines: `load` and `importance` (T, E), the others (T,)."""
+
+    step: Floats
+    time: Floats
+    load: Floats
+    importance: Floats
+    dropped: Floats
+    entropy: Floats
+
+    @property
+    def num_experts(self) -> int:
+        return self.load.shape[1]
+
+    def final_load(self) -> Floats:
+        """Return the load (E,) averaged over the last tenth of the lines, at least one."""
+        return self.load[-max(1, len(self.load) // 10) :].mean(axis=0)
+
+    def final_importance(self) -> Floats:
+        """Return the importance (E,) averaged over the last tenth of the lines, at least one."""
+        return self.importance[-max(1, len(self.importance) // 10) :].mean(axis=0)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The final evaluation of N images, reduced: target, winner and its probability, target among the first five."""
+
+    index: Ints
+    target: Ints
+    predicted: Ints
+    probability: Floats
+    in_top5: NDArray[np.bool_]
+    num_classes: int
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        return self.predicted == self.target
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the report reads from one run folder."""
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    train: Series
+    evals: Series
+    routing: dict[str, Routing]
+    events: list[dict[str, Any]]
+    predictions: Predictions | None
+    classes: list[str] | None
+    parameters: int | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def model_name(self) -> str:
+        model = self.config.get("model")
+        return str(model.get("name", "model")) if isinstance(model, dict) else str(model or "model")
+
+    @property
+    def last_step(self) -> int:
+        steps = [series.step[-1] for series in (self.train, self.evals) if len(series)]
+        steps += [event["step"] for event in self.events]
+        return int(max(steps, default=0))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        times = [series.time[-1] for series in (self.train, self.evals) if len(series)]
+        return float(max(times, default=0.0))
+
+    @property
+    def top1(self) -> float | None:
+        """Top-1 accuracy in 0..1: of the final predictions, else of the last evaluation, else None."""
+        if self.predictions is not None and len(self.predictions.target):
+            return float(self.predictions.correct.mean())
+        accuracy = self.evals.get("top1")
+        return float(accuracy[-1]) if len(accuracy) and np.isfinite(accuracy[-1]) else None
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Median training throughput."""
+        rate = self.train.get("images_per_s")
+        return float(np.nanmedian(rate)) if np.isfinite(rate).any() else None
+
+
+def read_run(run_dir: Path | str) -> Run:
+    """Read the run folder `run_dir`.
+
+    A last line of metrics.jsonl that an interruption cut short is left out and noted; anything else that does not parse
+    is a ValueError naming file and line. FileNotFoundError if the folder or its config.json is missing.
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise FileNotFoundError(f"run folder {path} does not exist")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is not a run folder: it has no config.json")
+    notes: list[str] = []
+    lines = _read_metrics(path / "metrics.jsonl", notes)
+    by_kind: dict[str, list[dict[str, Any]]] = {"train": [], "eval": [], "routing": [], "event": []}
+    for line in lines:
+        by_kind.setdefault(line["kind"], []).append(line)
+    environment = path / "environment.json"
+    return Run(
+        path=path,
+        config=_read_json(path / "config.json"),
+        environment=_read_json(environment) if environment.is_file() else {},
+        train=_series(by_kind["train"], _TRAIN),
+        evals=_series(_final_weights_only(by_kind["eval"]), _EVAL),
+        routing=_routing(by_kind["routing"], path / "metrics.jsonl"),
+        events=by_kind["event"],
+        predictions=_read_predictions(path / "predictions.npz", notes),
+        classes=_read_classes(path / "inputs.json"),
+        parameters=_count_parameters(path),
+        notes=notes,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__} where a JSON object is expected")
+    return content
+
+
+def _read_classes(path: Path) -> list[str] | None:
+    """Return the names of the classes, where the run folder has them."""
+    names = _read_json(path).get("classes") if path.is_file() else None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        notes.append("There is no metrics.jsonl yet: nothing was logged.")
+        return []
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # no newline after it: the writer was stopped in the middle
+                notes.append("The last line of metrics.jsonl was cut short by an interruption and is left out.")
+                continue
+            raise ValueError(f"{path} line {number} is not JSON") from error
+        problem = _problem(entry)
+        if problem:
+            raise ValueError(f"{path} line {number} {problem}")
+        parsed.append(entry)
+    return parsed
+
+
+def _problem(entry: Any) -> str | None:
+    """Return what is wrong with a line of metrics, if anything."""
+    if not isinstance(entry, dict) or "kind" not in entry or not isinstance(entry.get("step"), int | float):
+        return "is not a metrics line: it needs 'kind' and 'step'"
+    for key in ("time", *_TRAIN, *_EVAL, *_ROUTING):
+        if not isinstance(entry.get(key), int | float | None):
+            return f"does not fit: {key} is {entry[key]!r:.40}, not a number"
+    for key in ("load", "importance") if entry["kind"] == "routing" else ():
+        shares = entry.get(key)
+        if not isinstance(shares, list) or not shares or not all(isinstance(share, int | float) for share in shares):
+            return f"does not fit: {key} should be a list with a number for each expert"
+    return None
+
+
+def _numbers(lines: Iterable[dict[str, Any]], key: str) -> Floats:
+    return np.array([np.nan if line.get(key) is None else line[key] for line in lines], dtype=np.float64)
+
+
+def _series(lines: list[dict[str, Any]], keys: Iterable[str]) -> Series:
+    return Series(_numbers(lines, "step"), _times(lines), {key: _numbers(lines, key) for key in keys})
+
+
+def _times(lines: list[dict[str, Any]]) -> Floats:
+    """Return the seconds of training, made non-decreasing (a resumed run may repeat a moment)."""
+    return np.maximum.accumulate(np.nan_to_num(_numbers(lines, "time"))) if lines else np.zeros(0)
+
+
+def _final_weights_only(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep the evaluations of the weights that are delivered: of the averaged ones, else of the raw ones."""
+    averaged = [line for line in lines if line.get("ema")]
+    return averaged or lines
+
+
+def _routing(lines: list[dict[str, Any]], path: Path) -> dict[str, Routing]:
+    by_layer: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_layer.setdefault(str(line.get("layer")), []).append(line)
+    layers = {}
+    for name, entries in by_layer.items():
+        sizes = {len(entry[key]) for entry in entries for key in ("load", "importance")}
+        if len(sizes) != 1:
+            raise ValueError(f"{path}: layer {name} changes its number of experts: {sorted(sizes)}")
+        layers[name] = Routing(
+            step=_numbers(entries, "step"),
+            time=_times(entries),
+            load=np.array([entry["load"] for entry in entries], dtype=np.float64),
+            importance=np.array([entry["importance"] for entry in entries], dtype=np.float64),
+            dropped=_numbers(entries, "dropped"),
+            entropy=_numbers(entries, "entropy"),
+        )
+    return layers
+
+
+def _read_predictions(path: Path, notes: list[str]) -> Predictions | None:
+    if not path.is_file():
+        notes.append("There is no final evaluation yet (predictions.npz), so nothing is shown per class.")
+        return None
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            index, target, logits = (archive[name] for name in ("index", "target", "logits"))
+    except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a predictions file: {' '.join(str(error).split())}") from error
+    if logits.ndim != 2 or not len(index) == len(target) == len(logits):
+        raise ValueError(f"{path}: index {index.shape}, target {target.shape} and logits {logits.shape} do not fit")
+    if len(target) and not 0 <= target.min() <= target.max() < logits.shape[1]:
+        raise ValueError(f"{path}: targets {target.min()} to {target.max()} do not fit {logits.shape[1]} classes")
+    return _reduce(index, target, logits)
+
+
+def _reduce(index: Ints, target: Ints, logits: NDArray[np.float32], chunk: int = 8192) -> Predictions:
+    predicted, probability, in_top5 = [], [], []
+    for start in range(0, len(target), chunk):
+        part = logits[start : start + chunk].astype(np.float64)
+        winner = part.argmax(axis=1)
+        predicted.append(winner)
+        probability.append(1.0 / np.exp(part - part.max(axis=1, keepdims=True)).sum(axis=1))
+        own = np.take_along_axis(part, target[start : start + chunk, None].astype(np.int64), axis=1)
+        in_top5.append((part > own).sum(axis=1) < 5)
+    none = np.zeros(0)
+    return Predictions(
+        index=index.astype(np.int64),
+        target=target.astype(np.int64),
+        predicted=np.concatenate(predicted or [none]).astype(np.int64),
+        probability=np.concatenate(probability or [none]),
+        in_top5=np.concatenate(in_top5 or [none]).astype(bool),
+        num_classes=logits.shape[1],
+    )
+
+
+def _count_parameters(path: Path) -> int | None:
+    """Return the number of weights, from the header of the final or else the newest weights file; None without one."""
+    file = path / "model.safetensors"
+    if not file.is_file():
+        try:
+            file = RunFolder(path).weights()
+        except FileNotFoundError:
+            return None
+    try:
+        with safe_open(file, framework="numpy") as weights:
+            names = [name for name in weights.keys() if not name.endswith(_BUFFERS)]  # noqa: SIM118 - not a dict
+            return sum(int(np.prod(weights.get_slice(name).get_shape())) for name in names)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a safetensors file: {' '.join(str(error).split())}") from error
