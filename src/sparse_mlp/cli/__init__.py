@@ -1,0 +1,1 @@
+"""The command `sparse-mlp`: parses, calls the library, prints. One module a command."""

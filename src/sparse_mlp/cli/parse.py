@@ -1,0 +1,51 @@
+"""Command lines to dataclasses with tyro, whose error boxes become one-line messages."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], arguments: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
+    """`kind` filled from the command line; --help prints and leaves. ValueError, one line, for a wrong command line."""
+    errors = io.StringIO()
+    start: Any = tyro.MISSING_NONPROP if default is None else default
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                kind, args=list(arguments), prog=f"sparse-mlp {prog}", description=description, default=start
+            )
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        raise ValueError(_one_line(errors.getvalue(), prog)) from None
+    finally:
+        if not sys.exc_info()[0]:
+            sys.stderr.write(errors.getvalue())
+
+
+def split_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before the first option, and the rest."""
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    return list(arguments[:count]), list(arguments[count:])
+
+
+def _one_line(box: str, prog: str) -> str:
+    """The message of tyro's framed error, and the options it would rather have seen."""
+    # Inside a frame of lines, or indented by two where the terminal has no such characters.
+    framed = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if line.startswith(("│ ", "  "))]
+    lines = [line.strip("│ ") for line in framed]
+    ends = [i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}] or [len(lines)]
+    message = " ".join(line for line in lines[: ends[0]] if line)
+    if any(line.startswith("Perhaps you meant") for line in lines):
+        near = [match[0] for line in lines[ends[0] :] if (match := re.match(r"--[a-z][\w.-]*", line))]
+        message += f"; nearest: {', '.join(near[:3])}"
+    return f"{message} (see sparse-mlp {prog} --help)"

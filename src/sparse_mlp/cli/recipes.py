@@ -1,0 +1,34 @@
+"""`sparse-mlp recipes`: what can be trained by name."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+
+import tyro
+
+from sparse_mlp import recipes
+from sparse_mlp.cli.parse import parse
+from sparse_mlp.cli.showing import console, table
+
+
+@dataclass(frozen=True)
+class RecipesArguments:
+    name: tyro.conf.Positional[str | None] = None
+    """Show this recipe in full: its description and every field."""
+
+
+def run(arguments: list[str]) -> int:
+    given = parse(RecipesArguments, arguments, prog="recipes", description="List the recipes, or show one in full.")
+    out = console()
+    if given.name is None:
+        shown = table("recipe", "what it trains")
+        for name, function in recipes.RECIPES.items():
+            shown.add_row(name, (inspect.getdoc(function) or "").splitlines()[0])
+        out.print(shown)
+        return 0
+    recipe = recipes.get(given.name)
+    out.print(inspect.getdoc(recipes.RECIPES[given.name]), markup=False)
+    out.print_json(json.dumps(recipes.to_json(recipe)))
+    return 0

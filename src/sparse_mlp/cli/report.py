@@ -1,0 +1,29 @@
+"""`sparse-mlp report`: the report of a run, written anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from sparse_mlp import recipes
+from sparse_mlp.cli.parse import parse
+from sparse_mlp.cli.showing import console, write_run_report
+from sparse_mlp.data import AugmentConfig, build_datasets
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    run: tyro.conf.Positional[Path]
+    """Folder of a run, finished or not."""
+
+
+def run(arguments: list[str]) -> int:
+    description = "Write the report of a run: report.html to open in a browser, and its figures as PNG files."
+    given = parse(ReportArguments, arguments, prog="report", description=description)
+    recipe = recipes.load(given.run)
+    data = build_datasets(recipe.data, AugmentConfig())
+    page = write_run_report(given.run, recipe, data)
+    console().print(f"report: {page}", markup=False, soft_wrap=True)
+    return 0

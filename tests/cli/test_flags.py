@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def one_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tyro sets its groups of options side by side where there is room; their order is another then."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+RECIPE_FLAGS = (
+    "--name "
+    "--model.name --model.args --model.pretrained --model.no-pretrained --model.weights "
+    "--data.name --data.root --data.image-size --data.channels --data.batch-size --data.eval-batch-size "
+    "--data.workers --data.on-bad-image --data.test-share --data.download --data.no-download "
+    "--data.train-split --data.test-split --data.num-classes --data.num-samples --data.mean --data.std "
+    "--data.crop-pct "
+    "--augment.pad --augment.rotate --augment.crop-scale --augment.crop-ratio --augment.flip "
+    "--augment.color-jitter --augment.auto-augment --augment.erase --augment.mixup --augment.cutmix "
+    "--augment.mix-probability --augment.cutmix-share "
+    "--task.loss --task.smoothing "
+    "--optim.opt --optim.lr --optim.weight-decay --optim.betas --optim.eps --optim.momentum "
+    "--optim.layer-decay "
+    "--schedule.sched --schedule.warmup-steps --schedule.warmup-epochs --schedule.warmup-lr "
+    "--schedule.min-lr "
+    "--train.epochs --train.steps --train.minutes --train.seed --train.amp --train.grad-accum "
+    "--train.clip-grad --train.ema-decay --train.ema-warmup --train.no-ema-warmup --train.compile "
+    "--train.no-compile --train.grad-checkpointing --train.no-grad-checkpointing --train.channels-last "
+    "--train.no-channels-last --train.deterministic --train.no-deterministic --train.log-every "
+    "--train.eval-every --train.save-every --train.keep --train.device --train.threads "
+)
+
+
+def flags(text: str) -> list[str]:
+    """The options that a help text explains, in its order."""
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    return [flag for line in lines if line.startswith("--") for flag in re.findall(r"--[a-z][\w.-]*", line)]
+
+
+@pytest.mark.parametrize(("command", "own"), [("train", ["--out", "--resume"]), ("compare", ["--out"])])
+def test_the_flags_of_a_recipe_are_frozen(run: Run, command: str, own: list[str]):
+    """Scripts depend on these names: adding one is fine, with a line here; renaming one is not."""
+    _, out, _ = run(command, "digits_sparse", "--help")
+    assert flags(out) == own + RECIPE_FLAGS.split()
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("predict", ["--top", "--checkpoint"]),
+        ("report", []),
+        ("recipes", []),
+        ("models", ["--all", "--no-all"]),
+        ("info", ["--args", "--image-size", "--channels", "--classes"]),
+        ("rebuild-cifar10", []),
+    ],
+)
+def test_the_flags_of_the_other_commands_are_frozen(run: Run, command: str, expected: list[str]):
+    assert flags(run(command, "--help")[1]) == expected
+
+
+def test_every_flag_is_explained(run: Run):
+    """No field of a recipe without a docstring: tyro shows then nothing but the default."""
+    _, out, _ = run("train", "digits_sparse", "--help")
+    lines = [line.strip("│ ") for line in out.splitlines()]
+    bare = [one for one, two in pairwise(lines) if one.startswith("--") and two.startswith("(default")]
+    assert not bare

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparse_mlp.cli.main import main
+from sparse_mlp.data.graph_files import load_graph
+from sparse_mlp.data.graphs import planted_graph
+
+SHORT = ["--train.steps", "12", "--train.threads", "1", "--data.batch-size", "200", "--train.eval-every", "6"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A graph as a saved `Data`."""
+    data = pytest.importorskip("torch_geometric.data")
+    graph = planted_graph(400, 2000, classes=3, features=8)
+    coo = graph.adjacency.tocoo()
+    masks = {f"{name}_mask": torch.zeros(400, dtype=torch.bool) for name in graph.splits}
+    for name, ids in graph.splits.items():
+        masks[f"{name}_mask"][ids] = True
+    edges = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
+    made = data.Data(x=torch.from_numpy(graph.features), edge_index=edges, y=torch.from_numpy(graph.labels), **masks)
+    path = tmp_path_factory.mktemp("planted")
+    torch.save(made, path / "data.pt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["nodes", "train", str(folder), "--out", str(out), *SHORT]) == 0
+    return out
+
+
+def test_training_leaves_metrics_weights_and_a_report(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [6, 12]
+    assert {"top1", "val_top1", "loss"} <= next(line for line in lines if line["kind"] == "eval").keys()
+    assert "Test accuracy" in (run / "report.html").read_text()
+    assert sorted(path.name for path in (run / "figures").iterdir()) == [
+        "accuracy.png",
+        "confusion.png",
+        "embedding.png",
+    ]
+
+
+def test_evaluation_repeats_the_last_one(run, capsys):
+    assert main(["nodes", "eval", str(run)]) == 0
+    again = json.loads(capsys.readouterr().out)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "eval"][-1]
+    assert again["top1"] == last["top1"] and again["val_top1"] == last["val_top1"]
+
+
+def test_a_resumed_run_ends_with_the_same_weights(folder, run, tmp_path, monkeypatch):
+    from sparse_mlp.engine import TrainingStopped
+    from sparse_mlp.engine.learner import Learner
+
+    out = tmp_path / "cut"
+    update = Learner.update
+
+    def die(self, batch, step, steps, *, measure):
+        if step == 8:
+            raise TrainingStopped("killed")
+        return update(self, batch, step, steps, measure=measure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "update", die)
+        main(["nodes", "train", str(folder), "--out", str(out), *SHORT, "--train.save-every", "5"])
+    assert not (out / "model.safetensors").exists()
+    assert main(["nodes", "train", "--resume", str(out)]) == 0
+    whole, resumed = (load_file(path / "model.safetensors") for path in (run, out))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_prediction_needs_features_only(run, folder, tmp_path):
+    graph = load_graph(str(folder))
+    np.save(tmp_path / "new.npy", graph.features[graph.splits["test"]])
+    assert main(["nodes", "predict", str(run), str(tmp_path / "new.npy"), "--out", str(tmp_path / "out.csv")]) == 0
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    stored = np.load(run / "predictions.npz")
+    assert [int(row["class"]) for row in rows] == stored["logits"].argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "cora"], "unknown action 'trian' of nodes; allowed are train, eval, predict; nearest: train"),
+        (["train"], "which graph?"),
+        (["train", "coar"], "did you mean 'cora'"),
+        (["train", "cora", "--train.grad-accum", "2"], "it cannot be cut"),
+        (["train", "cora", "--train.amp", "bf16"], "task.similarity bfloat16"),
+        (["train", "cora", "--model.top-k", "2"], "would be ignored: model.num_experts is 0"),
+        (["eval"], "nodes eval takes one argument"),
+        (["eval", "nowhere"], "nowhere is not a run folder"),
+        (["predict", "nowhere"], "nodes predict takes a run"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if "coar" not in arguments and "SPARSE_MLP_DATA" not in os.environ and "cora" in arguments:
+        pytest.skip("SPARSE_MLP_DATA is not set: no Cora to train on")
+    assert main(["nodes", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_features_that_do_not_fit_are_named(run, tmp_path, capsys):
+    np.save(tmp_path / "wide.npy", np.zeros((2, 9), np.float32))
+    assert main(["nodes", "predict", str(run), str(tmp_path / "wide.npy")]) == 2
+    assert "features of shape (2, 9), but the run was trained on 8 a node" in capsys.readouterr().err
