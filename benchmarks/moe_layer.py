@@ -1,0 +1,182 @@
+"""One MoE layer against a dense two-layer MLP of the same width and hidden size on the same items.
+
+    python benchmarks/moe_layer.py [--rounds 7] [--threads 1 2] [--peers] [--json FILE]
+
+Forward + backward, float32, no dropped items, every run in turn within a round; medians of ratios to the dense layer.
+Beside them the bound, K times the dense layer's matrix products alone, and with --peers the layers that pip installs
+here (`pip install -e '.[bench]'`), set to drop nothing. Then more experts at equal multiply-adds with the bound that
+memory sets, one single image, and peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interleaved import interleave, print_table, ratio, settle_allocator, write_json
+from peers import PEERS
+from sparse_mlp.moe import MoeMlp
+
+SHAPES = {
+    "3,136 x 512 -> 2,048": (3136, 512, 2048),
+    "6,272 x 768 -> 3,072": (6272, 768, 3072),
+    "8,192 x 196 -> 784": (8192, 196, 784),
+}
+Row = dict[str, Any]
+
+
+def dense_mlp(dim: int, hidden: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+def train_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward + backward into fresh gradients, the input's too."""
+    grad = torch.randn_like(x)
+
+    def run() -> None:
+        x.grad = None
+        layer.zero_grad(set_to_none=True)
+        layer(x).backward(grad)
+
+    return run
+
+
+def products(items: int, dim: int, hidden: int) -> Callable[[], None]:
+    """The six matrix products of a dense forward + backward, and nothing else."""
+    x, h = torch.randn(items, dim), torch.randn(items, hidden)
+    w1, w2 = torch.randn(hidden, dim), torch.randn(dim, hidden)
+
+    def run() -> None:
+        x @ w1.t(), h @ w2.t()
+        x @ w2, h @ w1
+        x.t() @ h, h.t() @ x
+
+    return run
+
+
+def against_dense(threads: int, rounds: int, with_peers: bool) -> list[Row]:
+    rows = []
+    for shape, (items, dim, hidden) in SHAPES.items():
+        x = torch.randn(items, dim, requires_grad=True)
+        bound = products(items, dim, hidden)
+        for top_k in (1, 2):
+            runs = {"dense": train_step(dense_mlp(dim, hidden), x), "products": bound}
+            runs["sparse_mlp"] = train_step(MoeMlp(dim, hidden, 8, top_k), x)
+            if with_peers:
+                runs |= {name: train_step(make(dim, hidden, 8, top_k), x) for name, make in PEERS.items()}
+            seconds = interleave(runs, rounds)
+            row: Row = {"shape": shape, "K": top_k, "threads": threads}
+            row |= {name: ratio(seconds, name, "dense") for name in runs if name not in ("dense", "products")}
+            row["bound"] = top_k * ratio(seconds, "products", "dense")
+            rows.append(row)
+    return rows
+
+
+def more_experts(threads: int, rounds: int) -> list[Row]:
+    """E from 8 to 64 at equal multiply-adds, first shape, K=1.
+
+    The memory bound: forward reads every expert's weights, backward reads them again and writes their gradients. What
+    that is beyond E=8 is timed as two sums and one fill of as many bytes, in memory already at hand.
+    """
+    items, dim, hidden = next(iter(SHAPES.values()))
+    x = torch.randn(items, dim, requires_grad=True)
+    counts = (8, 16, 32, 64)
+    runs = {"dense": train_step(dense_mlp(dim, hidden), x)}
+    runs |= {f"E={e}": train_step(MoeMlp(dim, hidden, e, 1), x) for e in counts}
+    weights = torch.zeros(2 * counts[-1] * dim * hidden)
+    for e in counts:
+        extra = weights[: 2 * (e - 8) * dim * hidden]
+        runs[f"memory {e}"] = lambda extra=extra: (extra.sum(), extra.sum(), extra.zero_())
+    seconds = interleave(runs, rounds)
+    return [
+        {
+            "E": e,
+            "threads": threads,
+            "to dense": ratio(seconds, f"E={e}", "dense"),
+            "to E=8": ratio(seconds, f"E={e}", "E=8"),
+            "memory bound to E=8": 1 + ratio(seconds, f"memory {e}", "E=8"),
+        }
+        for e in counts
+    ]
+
+
+def one_image(threads: int, rounds: int) -> list[Row]:
+    """Forward of the items of one image (a sixteenth of the first shape, 196), without gradients; E=8, K=1."""
+    rows = []
+    for dim, hidden in ((512, 2048), (768, 3072)):
+        x = torch.randn(196, dim)
+        dense, moe = dense_mlp(dim, hidden).eval(), MoeMlp(dim, hidden, 8, 1).eval()
+        with torch.no_grad():
+            seconds = interleave({"dense": lambda: dense(x), "sparse_mlp": lambda: moe(x)}, 20 * rounds)  # noqa: B023
+        row: Row = {"shape": f"196 x {dim} -> {hidden}", "threads": threads}
+        rows.append(row | {"sparse_mlp": ratio(seconds, "sparse_mlp", "dense")})
+    return rows
+
+
+def memory() -> list[Row]:
+    """Peak resident memory, in MB, that one forward + backward adds, K=1, E=8; each in a fresh process.
+
+    Both counts hold the input's and the weights' gradients; an MoE layer has E times the weights.
+    """
+    rows = []
+    for shape, sizes in SHAPES.items():
+        row: Row = {"shape": shape}
+        for name in ("dense", "sparse_mlp"):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                row[f"{name} MB"] = pool.apply(_peak_megabytes, (name, *sizes))
+        rows.append(row | {"ratio": row["sparse_mlp MB"] / row["dense MB"]})
+    return rows
+
+
+def _peak_megabytes(name: str, items: int, dim: int, hidden: int) -> float:
+    torch.set_num_threads(1)
+    layer = dense_mlp(dim, hidden) if name == "dense" else MoeMlp(dim, hidden, 8, 1)
+    x = torch.randn(items, dim, requires_grad=True)
+    train_step(layer, x[:8].detach().requires_grad_())()  # libraries and their tables
+    layer.zero_grad(set_to_none=True)
+    run = train_step(layer, x)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds; medians are over these")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--peers", action="store_true", help="also time deepspeed, transformers, soft-moe-pytorch")
+    parser.add_argument("--json", type=Path, help="write the rows and the hardware here")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    settle_allocator()
+    everything: list[Row] = []
+
+    def show(title: str, rows: list[Row]) -> None:
+        print_table(title, rows)
+        everything.extend({"table": title} | row for row in copy.deepcopy(rows))
+
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        title = "Forward + backward, ratio to the dense layer (E=8, no drops; bound: the products alone)"
+        show(title, against_dense(threads, args.rounds, args.peers))
+        show("More experts at equal multiply-adds (first shape, K=1)", more_experts(threads, args.rounds))
+        show("One image, forward, ratio to the dense layer (E=8, K=1)", one_image(threads, args.rounds))
+    show("Peak memory of forward + backward, ratio to the dense layer (E=8, K=1)", memory())
+    write_json(args.json, everything)
+
+
+if __name__ == "__main__":
+    main()
