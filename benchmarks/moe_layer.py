@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import multiprocessing
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,27 +123,37 @@ def one_image(threads: int, rounds: int) -> list[Row]:
 
 
 def memory() -> list[Row]:
-    """Peak resident memory, in MB, that one forward + backward adds, K=1, E=8; each in a fresh process.
+    """Peak resident memory, in MB, that one forward + backward adds, K=1, E=8: the median of fresh processes.
 
-    Both counts hold the input's and the weights' gradients; an MoE layer has E times the weights.
+    Both counts hold the input's and the weights' gradients; an MoE layer has E times the weights. Of a process's first
+    step, in which libraries build their tables too, and of one after others, as nearly all steps of a training are.
     """
     rows = []
     for shape, sizes in SHAPES.items():
         row: Row = {"shape": shape}
-        for name in ("dense", "sparse_mlp"):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row[f"{name} MB"] = pool.apply(_peak_megabytes, (name, *sizes))
-        rows.append(row | {"ratio": row["sparse_mlp MB"] / row["dense MB"]})
+        for when, steps_before in (("first step", 0), ("later step", 3)):
+            peaks = {}
+            for name in ("dense", "sparse_mlp"):
+                with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                    job = (name, *sizes, steps_before)
+                    peaks[name] = statistics.median(pool.apply(_peak_megabytes, job) for _ in range(3))
+            row |= {f"{when}, {name} MB": peak for name, peak in peaks.items()}
+            row[f"{when}, ratio"] = peaks["sparse_mlp"] / peaks["dense"]
+        rows.append(row)
     return rows
 
 
-def _peak_megabytes(name: str, items: int, dim: int, hidden: int) -> float:
+def _peak_megabytes(name: str, items: int, dim: int, hidden: int, steps_before: int) -> float:
     torch.set_num_threads(1)
     layer = dense_mlp(dim, hidden) if name == "dense" else MoeMlp(dim, hidden, 8, 1)
     x = torch.randn(items, dim, requires_grad=True)
-    train_step(layer, x[:8].detach().requires_grad_())()  # libraries and their tables
-    layer.zero_grad(set_to_none=True)
+    train_step(layer, x[:8].detach().requires_grad_())()  # libraries
     run = train_step(layer, x)
+    for _ in range(steps_before):
+        run()
+    x.grad = None
+    layer.zero_grad(set_to_none=True)
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     before = _status("VmRSS")
     run()

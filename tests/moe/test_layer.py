@@ -58,6 +58,18 @@ def test_dropless_equals_the_loop_at_any_size(naive_moe, dim: int, items: int, e
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
+def test_a_kept_graph_can_go_backward_again_and_a_spent_one_says_so(top_k: int) -> None:
+    layer = make(top_k=top_k)
+    x = torch.randn(40, 16, requires_grad=True)
+    y = layer(x).square().sum()
+    first = torch.autograd.grad(y, [x, *layer.parameters()], retain_graph=True)
+    second = torch.autograd.grad(y, [x, *layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
 def test_float32_products_of_the_cpu_give_what_plain_ones_do(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN on padded rows against torch.mm on exact ones, forward and all gradients."""
     layer = make(20, 24, 4, top_k)
@@ -69,10 +81,10 @@ def test_float32_products_of_the_cpu_give_what_plain_ones_do(top_k: int, monkeyp
 
 
 def test_few_sizes_serve_all_loads() -> None:
-    """Each size that oneDNN sees costs it preparation; none may be below the load or much above it."""
+    """Each size costs oneDNN six preparations, of which it keeps 1,024; none may be below the load or much above it."""
     sizes = {n: experts._rows(n, onednn=True) for n in range(1, 5000)}
-    assert all(n <= size <= max(n + 15, n * 9 / 8) for n, size in sizes.items())
-    assert len(set(sizes.values())) < 60
+    assert all(n <= size <= max(n + 7, n * 17 / 16) for n, size in sizes.items())
+    assert 6 * len(set(sizes.values())) < 1024
 
 
 @pytest.mark.parametrize("mode", ["one expert takes all", "one expert gets none"])

@@ -3,7 +3,7 @@
 The sorted form is one autograd function with its own backward. It works on one expert at a time, so that the hidden
 activations of that expert are still in cache when the next operation reads them, writes each expert's weight gradient
 into its place (indexing `weight[e]` under autograd fills a whole (E, D, H) gradient of zeros per expert), and keeps for
-backward only what the dense layer would: the input, the hidden pre-activations and the outputs.
+backward only the input and the hidden pre-activations.
 
 Its matrix products go through `_matmul` below, which takes oneDNN's where it can: torch's own float32 products call
 MKL, which on an AMD CPU of this decade reaches half of what oneDNN does (benchmarks/moe_layer.py prints both).
@@ -59,18 +59,20 @@ def _use_onednn(x: Tensor) -> bool:
 
 def _rows(n: int, onednn: bool) -> int:
     """Rows to work on for n items: oneDNN prepares each new shape for about half a millisecond, and an expert's load is
-    another at every step. So n is rounded up to one of eight sizes an octave, at most an eighth more; MKL takes n."""
-    step = 1 << max(4, n.bit_length() - 4) if onednn else 1
+    another at every step. So n is rounded up to a multiple of 8, or to one of sixteen sizes an octave; MKL takes n."""
+    step = 1 << max(3, n.bit_length() - 5) if onednn else 1
     return -(-n // step) * step
 
 
-def _gather(x_ND: Tensor, items: Tensor, rows: int) -> Tensor:
-    """The items' rows of x, then zeros up to `rows`."""
-    if rows == len(items):
-        return x_ND.index_select(0, items)
-    out = x_ND.new_zeros(rows, x_ND.shape[1])
-    torch.index_select(x_ND, 0, items, out=out[: len(items)])
-    return out
+def _gather(x_ND: Tensor, items: Tensor, room: Tensor) -> Tensor:
+    """The items' rows of x in `room`, then zeros to its end."""
+    torch.index_select(x_ND, 0, items, out=room[: len(items)])
+    room[len(items) :].zero_()
+    return room
+
+
+def _gelu(hidden: Tensor, gelu: str, room: Tensor) -> Tensor:
+    return torch.ops.aten.gelu.out(hidden, approximate=gelu, out=room[: len(hidden)])
 
 
 def _matmul(a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None) -> Tensor:
@@ -136,39 +138,40 @@ def _run_sorted(
     """sum_k gate_k expert_k(x), expert by expert, without a backward."""
     y_ND = torch.zeros_like(x_ND, memory_format=torch.contiguous_format)
     onednn = _use_onednn(x_ND)
+    room_D = x_ND.new_empty(_rows(max(counts), onednn), x_ND.shape[1])
     for e, rows in _segments(counts):
         items = items_M[rows]
-        x_e = _gather(x_ND, items, _rows(len(items), onednn))
+        x_e = _gather(x_ND, items, room_D[: _rows(len(items), onednn)])
         outputs = _matmul(_matmul_gelu(x_e, w1[e], onednn, b1[e], gelu), w2[e], onednn, b2[e])[: len(items)]
         y_ND.index_add_(0, items, outputs.mul_(gates_M[rows, None]))  # an item appears once per expert: no collisions
     return y_ND
 
 
 class _SortedExperts(torch.autograd.Function):
-    """`_run_sorted` with a backward."""
+    """`_run_sorted` with a backward, which keeps one (N, H) activation where autograd keeps two."""
 
     @staticmethod
     def forward(ctx, x_ND, w1, b1, w2, b2, gates_M, items_M, counts, gelu):  # type: ignore[no-untyped-def]
         y_ND = torch.zeros_like(x_ND, memory_format=torch.contiguous_format)
         onednn = _use_onednn(x_ND)
-        hidden_by_expert, outputs_by_expert = [], []
+        room_D, room_H = (x_ND.new_empty(_rows(max(counts), onednn), width) for width in w1.shape[1:])
+        hidden_by_expert = []
         for e, rows in _segments(counts):
             items = items_M[rows]
-            hidden = _matmul(_gather(x_ND, items, _rows(len(items), onednn)), w1[e], onednn, b1[e])
-            outputs = _matmul(F.gelu(hidden, approximate=gelu), w2[e], onednn, b2[e])[: len(items)]
-            y_ND.index_add_(0, items, outputs * gates_M[rows, None])
+            x_e = _gather(x_ND, items, room_D[: _rows(len(items), onednn)])
+            hidden = _matmul(x_e, w1[e], onednn, b1[e])
+            outputs = _matmul(_gelu(hidden, gelu, room_H), w2[e], onednn, b2[e])[: len(items)]
+            y_ND.index_add_(0, items, outputs.mul_(gates_M[rows, None]))
             hidden_by_expert.append(hidden)
-            outputs_by_expert.append(outputs)
-        ctx.save_for_backward(x_ND, w1, w2, gates_M, items_M, *hidden_by_expert, *outputs_by_expert)
+        ctx.save_for_backward(x_ND, w1, w2, b2, gates_M, items_M, *hidden_by_expert)
         ctx.counts, ctx.gelu = counts, gelu
         return y_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
-        x_ND, w1, w2, gates_M, items_M, *kept = ctx.saved_tensors
+        x_ND, w1, w2, b2, gates_M, items_M, *hidden_by_expert = ctx.saved_tensors
         segments = list(_segments(ctx.counts))
-        hidden_by_expert, outputs_by_expert = kept[: len(segments)], kept[len(segments) :]
         need_x, need_w1, need_b1, need_w2, need_b2, need_gates = ctx.needs_input_grad[:6]
         dx = torch.zeros_like(x_ND, memory_format=torch.contiguous_format) if need_x else None
         dw1 = _gradient_like(w1) if need_w1 else None
@@ -181,26 +184,37 @@ class _SortedExperts(torch.autograd.Function):
                 if grad is not None:
                     grad[e].zero_()
         onednn = _use_onednn(grad_ND)
-        for (e, rows), hidden, outputs in zip(segments, hidden_by_expert, outputs_by_expert, strict=True):
+        largest = max(map(len, hidden_by_expert), default=0)
+        room_x, room_dy, room_H = (x_ND.new_empty(largest, width) for width in (w1.shape[1], *w1.shape[1:]))
+        # As the weights' gradients fill, expert by expert, the activations go: the peak is not the sum of both.
+        graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        for (e, rows), hidden in zip(segments, hidden_by_expert, strict=True):
             items = items_M[rows]
+            n = len(items)
             # rows past the items are zero here, and so add nothing to any gradient below
-            dy = _gather(grad_ND, items, len(hidden))
+            dy, x_e = _gather(grad_ND, items, room_dy[: len(hidden)]), _gather(x_ND, items, room_x[: len(hidden)])
+            act = _gelu(hidden, ctx.gelu, room_H)
+            dact = _matmul(dy, w2[e].t(), onednn)
             if dgates is not None:
-                torch.sum(dy[: len(items)] * outputs, 1, out=dgates[rows])
-            dy[: len(items)] *= gates_M[rows, None]
+                # dy . (act w2 + b2), without the outputs: what dact = dy w2^T is at hand for
+                dgates[rows] = torch.linalg.vecdot(dact[:n], act[:n]).add_(torch.mv(dy[:n], b2[e]))
+            dy[:n] *= gates_M[rows, None]
             if dw2 is not None:
-                dw2[e] = _matmul(F.gelu(hidden, approximate=ctx.gelu).t(), dy, onednn)
+                dw2[e] = _matmul(act.t(), dy, onednn)
             if db2 is not None:
                 torch.sum(dy, 0, out=db2[e])
             if dx is None and dw1 is None and db1 is None:
                 continue
-            dhidden = torch.ops.aten.gelu_backward(_matmul(dy, w2[e].t(), onednn), hidden, approximate=ctx.gelu)
+            dact[:n] *= gates_M[rows, None]
+            dhidden = torch.ops.aten.gelu_backward.grad_input(dact, hidden, approximate=ctx.gelu, grad_input=dact)
             if dw1 is not None:
-                dw1[e] = _matmul(_gather(x_ND, items, len(hidden)).t(), dhidden, onednn)
+                dw1[e] = _matmul(x_e.t(), dhidden, onednn)
             if db1 is not None:
                 torch.sum(dhidden, 0, out=db1[e])
             if dx is not None:
-                dx.index_add_(0, items, _matmul(dhidden, w1[e].t(), onednn)[: len(items)])
+                dx.index_add_(0, items, _matmul(dhidden, w1[e].t(), onednn)[:n])
+            if not graph_is_kept:
+                hidden.untyped_storage().resize_(0)
         return dx, dw1, db1, dw2, db2, dgates, None, None, None
 
 
