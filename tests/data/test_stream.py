@@ -1,9 +1,14 @@
-"""Streams: timm's IterableImageDataset over a reader of our own, which counts instead of reading shards."""
+"""Streams: timm's IterableImageDataset over a reader of our own that counts, and over real WebDataset shards."""
 
 from __future__ import annotations
 
+import gc
+import io
+import json
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ from PIL import Image
 from timm.data import IterableImageDataset
 from torch.utils.data import get_worker_info
 
-from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, eval_loader, steps_per_epoch
+from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, build_datasets, eval_loader, steps_per_epoch
 from sparse_mlp.data import train_loader as loader
 from sparse_mlp.data.sets import _build_files
 
@@ -87,3 +92,56 @@ def test_a_stream_that_does_not_tell_its_length_is_an_error():
     data.train.reader = iter([])
     with pytest.raises(ValueError, match="num-samples"):
         steps_per_epoch(data, CONFIG)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """The first 60 and 30 digits in tar files, three to train on and two to test on, as WebDataset has them."""
+    pytest.importorskip("webdataset")
+    digits = build_datasets(DataConfig(), AugmentConfig())
+    info = {}
+    for split, images, count, files in (("train", digits.train, 60, 3), ("validation", digits.test, 30, 2)):
+        names = [f"digits-{split}-{number:04d}.tar" for number in range(files)]
+        for number, name in enumerate(names):
+            with tarfile.open(tmp_path / name, "w") as tar:
+                for i in range(number, count, files):
+                    png = io.BytesIO()
+                    Image.fromarray(images.images[i, 0].numpy()).save(png, "png")
+                    for suffix, content in (("png", png.getvalue()), ("cls", b"%d" % images.labels[i])):
+                        entry = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                        entry.size = len(content)
+                        tar.addfile(entry, io.BytesIO(content))
+        lengths = [count // files] * files
+        info[split] = {"name": split, "num_samples": count, "filenames": names, "shard_lengths": lengths}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": info}))
+    return tmp_path
+
+
+# webdataset leaves the shard open that an epoch ended in; collected here, so that no other test hears of it
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_webdataset_shards(shards: Path, workers: int):
+    config = DataConfig(
+        name="wds/digits", root=str(shards), image_size=8, channels=1, batch_size=10, eval_batch_size=7,
+        num_classes=10, mean=(0.0,), std=(1.0,), crop_pct=1.0, workers=workers,
+    )  # fmt: skip
+    data = build_datasets(config, AugmentConfig())
+    per_epoch = steps_per_epoch(data, config)
+    assert per_epoch == 6
+    digits = build_datasets(DataConfig(), AugmentConfig())
+    batches = list(eval_loader(data, config))
+    found = sorted(image.mul(255).round().byte().numpy().tobytes() for batch in batches for image in batch["image"])
+    assert found == sorted(image.numpy().tobytes() for image in digits.test.images[:30])
+    targets = torch.cat([batch["target"] for batch in batches])
+    assert torch.equal(targets.bincount(minlength=10), digits.test.labels[:30].bincount(minlength=10))
+    whole = list(loader(data, config, 0, steps=9))
+    assert [tuple(batch["image"].shape) for batch in whole] == [(10, 1, 8, 8)] * 9
+    resumed = list(loader(build_datasets(config, AugmentConfig()), config, 0, start_step=8, steps=1))
+    assert torch.equal(resumed[0]["image"], whole[8]["image"]) and torch.equal(resumed[0]["target"], whole[8]["target"])
+    gc.collect()
+
+
+def test_shards_that_are_not_there(shards: Path):
+    config = DataConfig(name="wds/digits", root=str(shards), image_size=8, num_classes=10, train_split="trian")
+    with pytest.raises(ValueError, match="timm cannot open 'wds/digits', split 'trian': split trian not found in info"):
+        build_datasets(config, AugmentConfig())

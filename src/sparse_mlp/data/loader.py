@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -181,7 +182,8 @@ class _StreamSteps:
         _tell_workers(self.dataset, self.config.workers)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        loader = iter(_stream_loader(self.dataset, self.local, self.config.workers, self.seed + epoch, drop_last=True))
+        dataset = _unread(self.dataset, epoch)
+        loader = iter(_stream_loader(dataset, self.local, self.config.workers, self.seed + epoch, drop_last=True))
         for position in range(self.per_epoch):
             with preserved_generators():  # without workers the transforms draw in this process
                 seed_generators(step_seed(self.seed, epoch * self.per_epoch + position))
@@ -211,6 +213,19 @@ def _stream_loader(dataset: Any, batch_size: int, workers: int, seed: int, drop_
         worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _unread(dataset: Any, epoch: int) -> Any:
+    """The stream as if nothing had been read from it.
+
+    timm's readers go on shuffling where the last epoch stopped, which a resumed run cannot know. Worker processes begin
+    anew by themselves.
+    """
+    dataset = copy.copy(dataset)
+    dataset.reader = reader = copy.copy(dataset.reader)
+    if hasattr(reader, "worker_seed"):
+        reader.worker_seed += epoch
+    return dataset
 
 
 def _stream_batch(batch: Any) -> Batch:
