@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,23 @@ def test_create_and_open(tmp_path):
         RunFolder.create(tmp_path / "deep/run", config)
     with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no config.json"):
         RunFolder.open(tmp_path / "deep")
+
+
+def test_one_process_at_a_time(tmp_path):
+    """Another process cannot take the folder; killed in whatever way, it leaves no lock behind."""
+    run = RunFolder.create(tmp_path / "run", {})
+    program = (
+        "import sys; from sparse_mlp.engine import RunFolder\n"
+        "with RunFolder(__import__('pathlib').Path(sys.argv[1])).locked(): print('in', flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program, run.path], stdin=pipe, stdout=pipe) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(ValueError, match="is being trained by another process"), run.locked():
+            pass
+        other.kill()
+    with run.locked():
+        pass
 
 
 def test_damaged_configuration(tmp_path):

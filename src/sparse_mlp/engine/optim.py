@@ -32,15 +32,21 @@ def create_optimizer(task: Task, config: OptimConfig) -> torch.optim.Optimizer:
     return timm.optim.create_optimizer_v2(groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
 
 
-def create_schedule(
-    optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int, steps_per_epoch: int
-) -> Scheduler:
-    """timm's schedule, counted in updates: `step_update(n)` sets the learning rate of update n (0-based)."""
+def warmup_updates(config: ScheduleConfig, steps: int, steps_per_epoch: int) -> int:
+    """Length of the warm-up. ValueError if it leaves nothing of a run of `steps` updates."""
     warmup = config.warmup_steps or 0
     if config.warmup_epochs is not None:
         warmup = round(config.warmup_epochs * steps_per_epoch)
     if warmup >= steps:
         raise ValueError(f"a warm-up of {warmup} updates leaves nothing of the run's {steps}")
+    return warmup
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int, steps_per_epoch: int
+) -> Scheduler:
+    """timm's schedule, counted in updates: `step_update(n)` sets the learning rate of update n (0-based)."""
+    warmup = warmup_updates(config, steps, steps_per_epoch)
     lowest = config.warmup_lr
     if lowest is None:
         lowest = max(group["lr"] for group in optimizer.param_groups) / 1000

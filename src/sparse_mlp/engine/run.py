@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,6 +18,11 @@ from typing import Any
 import torch
 
 from sparse_mlp.engine.checkpoint import last_checkpoint
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
 
 _PACKAGES = ("sparse-mlp", "torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn")
 
@@ -63,6 +69,25 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder. ValueError if one does.
+
+        The system lets go of the lock when the process ends, however it ends.
+        """
+        if fcntl is None:
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            try:
+                # By lockf and not flock: data workers must not inherit it, they may outlive a killed process.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.path} is being trained by another process") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration. ValueError if the file is damaged."""

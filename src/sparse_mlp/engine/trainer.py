@@ -25,7 +25,7 @@ from sparse_mlp.engine.config import FREE_ON_RESUME, OptimConfig, ScheduleConfig
 from sparse_mlp.engine.errors import NonFiniteError, TrainingStopped
 from sparse_mlp.engine.learner import Learner
 from sparse_mlp.engine.logging import Meter, MetricsLog, ProgressBar
-from sparse_mlp.engine.optim import create_schedule
+from sparse_mlp.engine.optim import create_schedule, warmup_updates
 from sparse_mlp.engine.run import RunFolder, environment
 from sparse_mlp.engine.stop import StopRequest
 from sparse_mlp.engine.task import Batch, Evaluation, Loaders, Task
@@ -49,6 +49,8 @@ class Trainer:
         """ValueError for configurations that cannot be, or whose options would be ignored."""
         check_configs(optim, schedule, train)
         _check_batch_size(loaders.batch_size, train.grad_accum)
+        if train.minutes is None:  # else nobody knows yet how many updates there will be
+            warmup_updates(schedule, _count_steps(train, loaders), loaders.steps_per_epoch)
         self.loaders, self.run = loaders, run
         self.optim, self.schedule, self.train = optim, schedule, train
         self.learner = Learner(task, optim, train, device or distributed.resolve_device(train.device))
@@ -64,6 +66,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(_torch_settings(self.train))
+            distributed.on_main(lambda: stack.enter_context(self.run.locked()))
             self._begin(resume)
             self.stop = stack.enter_context(StopRequest())
             self.log = stack.enter_context(MetricsLog(self.run, self.step)) if is_main() else None
@@ -127,7 +130,7 @@ class Trainer:
         state = distributed.on_main(lambda: checkpoint.load_state(last)) if last is not None else None
         if state is not None:
             self._check_settings(state["settings"])
-        self.steps = state["steps"] if state is not None else self._count_steps()
+        self.steps = state["steps"] if state is not None else self._decide_steps()
         self.rates = create_schedule(self.learner.optimizer, self.schedule, self.steps, self.loaders.steps_per_epoch)
         if state is None or last is None:
             return
@@ -140,13 +143,10 @@ class Trainer:
         if is_main():
             checkpoint.clean(self.run.checkpoints)
 
-    def _count_steps(self) -> int:
-        if self.train.steps is not None:
-            return self.train.steps
-        if self.train.epochs is not None:
-            return max(1, round(self.train.epochs * self.loaders.steps_per_epoch))
-        assert self.train.minutes is not None, "check_configs lets exactly one through"
-        return steps_that_fit(60 * self.train.minutes, self.learner, self._batches)
+    def _decide_steps(self) -> int:
+        if self.train.minutes is not None:
+            return steps_that_fit(60 * self.train.minutes, self.learner, self._batches)
+        return _count_steps(self.train, self.loaders)
 
     def _settings(self) -> dict[str, Any]:
         """What the course of the training depends on, flat; lists for tuples, as JSON gives them back."""
@@ -280,6 +280,13 @@ class Trainer:
 
 class _Interrupted(Exception):
     """A signal came during an evaluation."""
+
+
+def _count_steps(train: TrainConfig, loaders: Loaders) -> int:
+    if train.steps is not None:
+        return train.steps
+    assert train.epochs is not None, "check_configs lets exactly one through"
+    return max(1, round(train.epochs * loaders.steps_per_epoch))
 
 
 def _check_batch_size(batch_size: int, parts: int) -> None:
