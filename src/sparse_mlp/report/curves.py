@@ -119,7 +119,7 @@ def _test(axes: Axes, step: Floats, values: Floats, corner: Any) -> None:
     known = np.isfinite(values)
     if known.any():
         marker = "o" if known.sum() <= 40 else None
-        axes.plot(step[known], values[known], color=ORANGE, label="test", marker=marker, markersize=2.6)
+        axes.plot(step[known], values[known], color=ORANGE, label="test", marker=marker, markersize=2.6, clip_on=False)
     axes.legend(loc=corner, labelcolor="linecolor")
 
 
@@ -241,6 +241,7 @@ def draw_lines(axes: Axes, lines: Sequence[Line | None], title: str, xlabel: str
                 linestyle=dash,
                 marker=marker,
                 markersize=2.2,
+                clip_on=False,  # the last point lies on the edge
                 label=line.label,
             )
     set_title(axes, title, margin=0.5)

@@ -155,7 +155,8 @@ def _hardware(found: Any) -> str:
     if not isinstance(found, dict):
         return str(found or "")
     parts = [str(found.get("cpu") or found.get("machine") or "")]
-    parts += [f"{found[key]} {key}" for key in ("cores", "threads") if found.get(key)]
+    counts = {name: found.get(f"{name}s") for name in ("core", "thread")}
+    parts += [f"{count} {name}" + ("s" if count != 1 else "") for name, count in counts.items() if count]
     if found.get("memory_gib"):
         parts.append(f"{found['memory_gib']:g} GiB")
     return ", ".join(part for part in [*parts, *map(str, found.get("gpus") or [])] if part)
