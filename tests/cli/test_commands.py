@@ -46,7 +46,7 @@ def test_eval_measures_what_the_training_ended_with(run: Run, trained: Path):
 def test_eval_of_any_model_with_the_weights_of_a_file(run: Run, trained: Path):
     arguments = ["num_blocks=2", "embed_dim=16", "sparse_blocks=1", "patch_size=4"]
     weights = ["--checkpoint", trained / "model.safetensors"]
-    code, out, _ = run("eval", "sparse_mlp_t4_32", *weights, "--model-args", *arguments)
+    code, out, _ = run("eval", "sparse_mlp_t4_32", *weights, "--data.name", "digits", "--model-args", *arguments)
     assert code == 0 and run("eval", trained)[1].split()[-3:-1] == out.split()[-3:-1]
 
 

@@ -58,12 +58,44 @@ def fails(run: Run) -> Callable[..., str]:
         ("train digits_sparse --augment.auto-augment rand", "colour"),
         ("train digits_sparse --model.weights /no/such/file", "no file of weights /no/such/file"),
         ("train --resume /no/such/run", "/no/such/run is not a run folder"),
+        ("train --resume one --resume two", "--resume takes one run folder, not 2 (one, two)"),
+        ("train --resume --optim.lr 1", "which recipe?"),
+        ("train digits_sparse --data.batch-size 0", "data.batch_size 0 must be at least 1"),
+        ("train digits_sparse --data.eval-batch-size 0", "data.eval_batch_size 0 must be at least 1"),
+        ("train digits_sparse --data.image-size 0", "data.image_size 0 must be at least 1"),
+        ("train digits_sparse --data.workers -1", "data.workers -1 must be at least 0"),
+        ("train digits_sparse --data.std 0", "data.std 0.0 must be above 0"),
+        ("train digits_sparse --data.mean nan", "data.mean nan must be at least 0 and at most 1"),
+        ("train digits_sparse --augment.rotate nan", "augment.rotate nan must be at least 0 and at most 180"),
+        ("train digits_sparse --augment.rotate -5", "augment.rotate -5.0 must be at least 0"),
+        ("train digits_sparse --augment.flip 2", "augment.flip 2.0 must be at least 0 and at most 1"),
+        ("train digits_sparse --augment.mixup nan", "augment.mixup nan must be at least 0"),
+        ("train digits_sparse --augment.pad 0 --augment.crop-scale 1 0.5", "augment.crop_scale 1.0 0.5 must be two"),
+        ("train digits_sparse --optim.lr inf", "optim.lr inf is not positive and finite"),
+        ("train digits_sparse --train.epochs inf", "train.epochs inf is not positive and finite"),
+        ("train digits_sparse --train.epochs -1", "train.epochs -1.0 is not positive"),
+        ("train digits_sparse --optim.weight-decay nan", "optim.weight_decay nan is not a finite number"),
+        ("train digits_sparse --train.seed 9223372036854775808", "is not below 2^63"),
+        (
+            "train digits_sparse --schedule.warmup-epochs 100",
+            "a warm-up of 900 updates leaves nothing",
+        ),
+        ("train digits_sparse --model.args drop_path_rate=2", "drop_path_rate=2 is not a share in [0, 1)"),
+        ("train digits_sparse --model.args embed_dim=0", "embed_dim must be a whole number of at least 1; got 0"),
+        ("train digits_sparse --model.args num_experts=(2,2) top_k=(3,1)", "top_k must be at most num_experts (2)"),
+        ("train digits_sparse --model.args noise_std=nan", "noise_std must be a finite number; got 'nan'"),
+        ("train digits_mixer --model.args embed_dim=0", "model mixer_t4_32: "),
+        ("train digits_mixer --model.args act_layer=swich", "model mixer_t4_32: "),
         ("compare digits_sparse", "two to six recipes"),
         ("compare digits_sparse digits_sparse", "named twice"),
         ("compare digits_sparse digits_mixr", "nearest: digits_mixer"),
+        ("compare digits_sparse digits_mixer --optim.lr -1", "optim.lr -1.0 is not positive"),
+        ("compare digits_mixer digits_sparse --data.image-size 7", "not divisible by its patch size 2"),
         ("eval", "one run folder or model name"),
         ("eval sparse_mlp_t4_23", "nearest: sparse_mlp_t4_32"),
-        ("eval sparse_mlp_t4_32", "which weights?"),
+        ("eval sparse_mlp_t4_32", "which images? a MODEL needs --data.name"),
+        ("eval sparse_mlp_t4_32 --data.name digits", "which weights?"),
+        ("eval mixer_b16_224 --data.name digits --checkpoint x.npz", "image size 8 is not divisible by its patch"),
         ("predict", "predict"),
         ("predict /no/such/run", "no image given"),
         ("report /no/such/run", "/no/such/run is not a run folder"),
@@ -72,6 +104,11 @@ def fails(run: Run) -> Callable[..., str]:
         ("info sparse_mlp_b16_225", "nearest: sparse_mlp_b16_224"),
         ("info sparse_mlp_t4_32 --image-size 33", "not divisible"),
         ("info", "info"),
+        ("info sparse_mlp_t4_32 --classes 0", "--classes 0 must be at least 1"),
+        ("info sparse_mlp_t4_32 --image-size -32", "--image-size -32 must be at least 1"),
+        ("predict /no/such/run --top 0 x.png", "--top 0 must be at least 1"),
+        ("convert /no/such/file out.safetensors --model cycle_mlp_b1", "no file /no/such/file"),
+        ("rebuild-cifar10 /no/such/folder out", "expected /no/such/folder"),
     ],
 )
 def test_wrong_command_lines(
@@ -93,6 +130,41 @@ def test_resuming_into_another_folder(fails: Callable[..., str], trained: Path, 
 
 def test_a_folder_that_holds_a_run_already(fails: Callable[..., str], trained: Path):
     assert "holds a run already" in fails("train", "digits_sparse", "--out", trained)
+
+
+@pytest.mark.parametrize("command", ["train digits_sparse", "compare digits_sparse digits_mixer"])
+def test_a_file_where_the_run_folder_should_be(fails: Callable[..., str], tmp_path: Path, command: str):
+    (tmp_path / "file").write_text("")
+    message = fails(*command.split(), "--out", tmp_path / "file")
+    assert "cannot be a run folder" in message and f"{tmp_path / 'file'} is a file" in message
+
+
+def test_a_configuration_that_was_edited(run: Run, fails: Callable[..., str], trained: Path, tmp_path: Path):
+    folder = tmp_path / "edited"
+    shutil.copytree(trained, folder)
+    config = folder / "config.json"
+    original = config.read_text()
+    config.write_text(original.replace('"lr": 0.003', '"lr": 0.5'))
+    assert "cannot go on as it began: optim.lr was 0.003 and is now 0.5" in fails("train", "--resume", folder)
+    config.write_text(original.replace('"seed"', '"sead"'))
+    assert "config.json: unknown field train.sead; nearest: train.seed" in fails("train", "--resume", folder)
+    config.write_text(original[:100])
+    assert str(config) in fails("train", "--resume", folder)
+
+
+@pytest.mark.parametrize("name", ["empty.pth", "cut.safetensors", "list.pth", "foreign.npz"])
+def test_files_that_hold_no_weights(fails: Callable[..., str], trained: Path, tmp_path: Path, name: str):
+    path = tmp_path / name
+    path.write_bytes(b"")
+    if name == "cut.safetensors":
+        path.write_bytes((trained / "model.safetensors").read_bytes()[:1000])
+    elif name == "list.pth":
+        torch.save([1, 2], path)
+    elif name == "foreign.npz":
+        np.savez(path, a=np.zeros(3))
+    assert str(path) in fails("eval", trained, "--checkpoint", path)
+    if path.suffix != ".npz":
+        assert name in fails("convert", path, tmp_path / "out.safetensors", "--model", "cycle_mlp_b1")
 
 
 def test_loss_that_is_not_finite(run: Run, tiny: list[str], tmp_path: Path):

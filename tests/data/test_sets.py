@@ -71,12 +71,29 @@ def test_default_root_follows_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_
         (DataConfig(crop_pct=0.9), "crop_pct"),
         (DataConfig(train_split="x"), "train_split"),
         (DataConfig(mean=(0.1, 0.2)), "one number for each"),
+        (DataConfig(batch_size=0), "data.batch_size 0 must be at least 1$"),
+        (DataConfig(name="folder", root=".", crop_pct=0.0), "data.crop_pct 0.0 must be above 0 and at most 1$"),
     ],
 )
 def test_wrong_settings_are_one_clear_line(config: DataConfig, message: str):
     with pytest.raises(ValueError, match=message) as error:
         build_datasets(config, PLAIN)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        (AugmentConfig(mixup=-1.0), "augment.mixup -1.0 must be at least 0$"),
+        (AugmentConfig(flip=float("nan")), "augment.flip nan must be at least 0 and at most 1$"),
+        (AugmentConfig(rotate=float("inf")), "augment.rotate inf must be"),
+        (AugmentConfig(crop_scale=(0.0, 1.0)), "augment.crop_scale 0.0 1.0 must be two numbers with 0 < first"),
+        (AugmentConfig(crop_ratio=(2.0, 1.0)), "augment.crop_ratio 2.0 1.0 must be two numbers with 0 < first"),
+    ],
+)
+def test_numbers_that_cannot_be(augment: AugmentConfig, message: str):
+    with pytest.raises(ValueError, match=message):
+        build_datasets(DataConfig(), augment)
 
 
 @pytest.mark.parametrize("name", [name for name in SETS if name.startswith("cifar")])

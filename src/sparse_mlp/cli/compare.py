@@ -10,9 +10,10 @@ import tyro
 
 from sparse_mlp import distributed, recipes
 from sparse_mlp.cli.parse import parse, split_names
-from sparse_mlp.cli.running import check_resume, is_finished, train
+from sparse_mlp.cli.running import check_resume, choose_folder, is_finished, train
 from sparse_mlp.cli.showing import console, count_macs, count_parameters, table
 from sparse_mlp.cli.train import join_model_arguments
+from sparse_mlp.engine import check_configs
 from sparse_mlp.recipes import Recipe
 from sparse_mlp.report import read_run, write_comparison
 
@@ -49,6 +50,10 @@ def run(arguments: list[str]) -> int:
     for folder, recipe in asked.items():  # before anything is trained
         if (folder / "config.json").is_file():
             check_resume(folder, recipes.load(folder), recipe)
+        else:
+            choose_folder(recipe.name, folder, resume=False)
+            check_configs(recipe.optim, recipe.schedule, recipe.train)
+            recipes.build(recipe)
     progress = console(stderr=True, quiet=not distributed.is_main())
     for folder, recipe in asked.items():
         if is_finished(folder):

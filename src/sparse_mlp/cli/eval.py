@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg
 from sparse_mlp import distributed, recipes
 from sparse_mlp.cli.parse import parse, split_names
 from sparse_mlp.cli.showing import console, table
-from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, build_datasets, eval_loader
+from sparse_mlp.data import SETS, AugmentConfig, DataConfig, ImageData, build_datasets, eval_loader
 from sparse_mlp.recipes import ModelConfig
 from sparse_mlp.recipes.recipe import Arguments
 from sparse_mlp.tasks.classify import Classify, ClassifyConfig
@@ -44,11 +44,14 @@ class EvalArguments:
 
 def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
-    if len(names) != 1 and "--help" not in options and "-h" not in options:
+    asks_help = "--help" in options or "-h" in options
+    if len(names) != 1 and not asks_help:
         raise ValueError(f"eval takes one run folder or model name, not {len(names)} (see sparse-mlp eval --help)")
     target = names[0] if names else ""
     is_run = (Path(target) / "config.json").is_file() and bool(target)
     default = EvalArguments(data=_default_data(target, is_run)) if target else EvalArguments()
+    if target and not is_run and not asks_help and not any(word.startswith("--data.name") for word in options):
+        raise ValueError(f"which images? a MODEL needs --data.name, one of {', '.join(SETS)} or a name of timm's")
     given = parse(EvalArguments, options, prog="eval", description=_DESCRIPTION, default=default)
     if not is_run:
         given = replace(given, data=_as_published(target, given.data))

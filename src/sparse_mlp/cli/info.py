@@ -40,6 +40,10 @@ class InfoArguments:
 def run(arguments: list[str]) -> int:
     description = "Parameters, multiply-adds for one image and experts of a model, module by module."
     given = parse(InfoArguments, arguments, prog="info", description=description)
+    for name in ("image_size", "channels", "classes"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
     config, spec = _resolve(given)
     model = recipes.build_model(config, spec)
     macs = count_macs(model, spec.channels, spec.image_size)

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError) as error:
-        return _fail(str(error) or type(error).__name__, 2)
+        return _fail(_message(error), 2)
     except Exception as error:
         # The engine's errors carry the code to leave with; torch is not imported here to know them by type.
         code = getattr(error, "exit_code", None)
@@ -72,6 +72,13 @@ def _dispatch(arguments: list[str]) -> int:
         )
     module = importlib.import_module(f"sparse_mlp.cli.{name.replace('-', '_')}")
     return module.run(arguments[1:]) or 0
+
+
+def _message(error: Exception) -> str:
+    """What went wrong; of an error of the system's the file first, without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _fail(message: str, code: int) -> int:

@@ -62,6 +62,9 @@ def choose_folder(name: str, folder: Path | None, resume: bool) -> Path:
     if folder is None:
         tries = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
         return next(path for path in tries if not path.exists())
+    in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if in_the_way is not None:
+        raise FileExistsError(f"{folder} cannot be a run folder: {in_the_way} is a file")
     if not resume and (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a run already; go on with --resume {folder} or name another --out")
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,9 +43,9 @@ def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
     if len(names) > 1:
         raise ValueError(f"train takes one recipe, not {len(names)} ({', '.join(names)}); compare takes several")
-    if not names and not options:
-        raise ValueError(f"which recipe? sparse-mlp train RECIPE, with one of {', '.join(recipes.RECIPES)}")
     resumed = _resumed_folder(options)
+    if not names and not resumed and not {"-h", "--help"} & set(options):
+        raise ValueError(f"which recipe? sparse-mlp train RECIPE, with one of {', '.join(recipes.RECIPES)}")
     stored = recipes.load(resumed) if resumed else None
     default = recipes.get(names[0]) if names else stored
     given = parse_recipe(options, default)
@@ -54,8 +55,6 @@ def run(arguments: list[str]) -> int:
         check_resume(resumed, stored, given.recipe)
         train(given.recipe, resumed, resume=True)
         return 0
-    if not names:
-        raise ValueError(f"which recipe? sparse-mlp train RECIPE, with one of {', '.join(recipes.RECIPES)}")
     train(given.recipe, given.out)
     return 0
 
@@ -76,9 +75,8 @@ def join_model_arguments(recipe: Recipe, default: Recipe) -> Recipe:
 
 def _resumed_folder(options: list[str]) -> Path | None:
     """The folder of --resume, which has to be known before the other options have their defaults."""
-    for i, word in enumerate(options):
-        if word == "--resume" and i + 1 < len(options):
-            return Path(options[i + 1])
-        if word.startswith("--resume="):
-            return Path(word.removeprefix("--resume="))
-    return None
+    found = [word.removeprefix("--resume=") for word in options if word.startswith("--resume=")]
+    found += [after for word, after in pairwise(options) if word == "--resume"]
+    if len(found) > 1:
+        raise ValueError(f"--resume takes one run folder, not {len(found)} ({', '.join(found)})")
+    return Path(found[0]) if found and not found[0].startswith("--") else None

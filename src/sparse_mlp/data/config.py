@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,3 +108,37 @@ class AugmentConfig:
 
     cutmix_share: float = 0.5
     """Share of the mixed batches that get cutmix rather than mixup, where both are on."""
+
+
+def check_configs(data: DataConfig, augment: AugmentConfig) -> None:
+    """ValueError, one line, for numbers that cannot be, whatever the set."""
+    for name, least in (("image_size", 1), ("batch_size", 1), ("eval_batch_size", 1), ("workers", 0)):
+        _between(f"data.{name}", getattr(data, name), least, math.inf)
+    for name in ("num_classes", "num_samples"):
+        _between(f"data.{name}", getattr(data, name), 1, math.inf)
+    _between("data.crop_pct", data.crop_pct, 0, 1, open_below=True)
+    for value in data.mean or ():
+        _between("data.mean", value, 0, 1)
+    for value in data.std or ():
+        _between("data.std", value, 0, math.inf, open_below=True)
+    for name, most in (("pad", math.inf), ("rotate", 180), ("flip", 1), ("color_jitter", math.inf), ("erase", 1)):
+        _between(f"augment.{name}", getattr(augment, name), 0, most)
+    for name, most in (("mixup", math.inf), ("cutmix", math.inf), ("mix_probability", 1), ("cutmix_share", 1)):
+        _between(f"augment.{name}", getattr(augment, name), 0, most)
+    _rising("augment.crop_scale", augment.crop_scale, 1)
+    _rising("augment.crop_ratio", augment.crop_ratio, math.inf)
+
+
+def _between(name: str, value: float | None, least: float, most: float, *, open_below: bool = False) -> None:
+    """NaN and infinity are never between."""
+    if value is None or (math.isfinite(value) and least <= value <= most and not (open_below and value == least)):
+        return
+    low = f"above {least}" if open_below else f"at least {least}"
+    raise ValueError(f"{name} {value} must be {low}" + (f" and at most {most}" if most < math.inf else ""))
+
+
+def _rising(name: str, values: Iterable[float], most: float) -> None:
+    low, high = values
+    if not 0 < low <= high <= most or not math.isfinite(high):
+        limit = f" <= {most}" if most < math.inf else ""
+        raise ValueError(f"{name} {low} {high} must be two numbers with 0 < first <= second{limit}")

@@ -39,9 +39,7 @@ class BatchMixer:
 
 
 def batch_mixer(config: AugmentConfig, num_classes: int) -> BatchMixer | None:
-    """The mixer that `config` asks for, or None. ValueError for values that cannot be or would be ignored."""
-    if config.mixup < 0 or config.cutmix < 0:
-        raise ValueError(f"augment.mixup {config.mixup} and augment.cutmix {config.cutmix} must not be negative")
+    """The mixer that `config` asks for, or None. ValueError for values that would be ignored."""
     default = AugmentConfig()
     if config.mix_probability != default.mix_probability and not (config.mixup or config.cutmix):
         raise ValueError("augment.mix_probability would be ignored: neither augment.mixup nor augment.cutmix is set")

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 from sparse_mlp.data.augment import BatchAugment, train_transform
 from sparse_mlp.data.cifar import Split, read_cifar10, read_cifar100, read_cifar100_fifth
-from sparse_mlp.data.config import AugmentConfig, DataConfig
+from sparse_mlp.data.config import AugmentConfig, DataConfig, check_configs
 from sparse_mlp.data.folder import FolderSource, read_folder
 from sparse_mlp.data.images import MODES, ArrayImages, FileImages
 from sparse_mlp.data.mix import BatchMixer, batch_mixer
@@ -98,6 +98,7 @@ def build_datasets(data: DataConfig, augment: AugmentConfig) -> ImageData:
     Raises ValueError or FileNotFoundError in one line: an unknown name, files that are not there, options that the set
     does not know, or another number of classes than `data.num_classes`.
     """
+    check_configs(data, augment)
     _check_used(data)
     root = Path(data.root) if data.root else default_root(data.name)
     if data.name in _ARRAY_SETS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,6 +178,8 @@ def _check_train(train: TrainConfig) -> None:
         _at_least(f"train.{name}", getattr(train, name), 1)
     for name in ("seed", "eval_every", "save_every"):
         _at_least(f"train.{name}", getattr(train, name), 0)
+    if train.seed >= 2**63:
+        raise ValueError(f"train.seed {train.seed} is not below 2^63")
     if train.amp not in (None, "bf16", "fp16"):
         raise ValueError(f"unknown train.amp {train.amp!r}; allowed are bf16, fp16 and None")
     if train.clip_grad is not None:
@@ -188,10 +191,10 @@ def _check_train(train: TrainConfig) -> None:
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} {value} is not positive")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} {value} is not positive" + (" and finite" if value > 0 else ""))
 
 
 def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and not value >= least:
-        raise ValueError(f"{name} {value} is below {least}")
+    if value is not None and not least <= value < math.inf:
+        raise ValueError(f"{name} {value} is " + (f"below {least}" if value < least else "not a finite number"))

@@ -14,6 +14,7 @@ Shapes: B images, S tokens, C channels outside the sparse blocks; S1 tokens, C1 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from sparse_mlp.mixing.linear import linear
 from sparse_mlp.mixing.rerepresent import Rerepresent
 from sparse_mlp.moe import MoeMlp
+from sparse_mlp.moe.experts import GELU
 
 __all__ = ["SparseBlock", "SparseMlp", "checkpoint_filter_fn"]
 
@@ -156,6 +158,15 @@ class SparseMlp(MlpMixer):
         act_layer: str = "gelu",
         **kwargs: Any,
     ) -> None:
+        for name, value in (("patch_size", patch_size), ("num_blocks", num_blocks), ("embed_dim", embed_dim)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        if act_layer not in GELU:
+            raise ValueError(f"act_layer must be one of {', '.join(GELU)}; got {act_layer!r}")
+        settings = {"capacity_ratio": capacity_ratio, "eval_capacity_ratio": eval_capacity_ratio}
+        for name, number in {**settings, "noise_std": noise_std, "balance_weight": balance_weight}.items():
+            if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
+                raise ValueError(f"{name} must be a finite number; got {number!r}")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"img_size {img_size} is not divisible by patch_size {patch_size}")
@@ -174,11 +185,11 @@ class SparseMlp(MlpMixer):
         )
         sparse_block = partial(
             SparseBlock,
-            num_experts=_pair("num_experts", num_experts),
-            top_k=_pair("top_k", top_k),
-            expert_hidden=None if expert_hidden is None else _pair("expert_hidden", expert_hidden),
+            num_experts=_pair("num_experts", num_experts, int),
+            top_k=_pair("top_k", top_k, int),
+            expert_hidden=None if expert_hidden is None else _pair("expert_hidden", expert_hidden, int),
             rerepresent=rerepresent,
-            scale=rerepresent_scale,
+            scale=_pair("rerepresent_scale", rerepresent_scale, (int, float)),
             moe_layer=moe_layer,
         )
         index = iter(range(num_blocks))
@@ -189,7 +200,7 @@ class SparseMlp(MlpMixer):
             patch_size=patch_size,
             num_blocks=num_blocks,
             embed_dim=embed_dim,
-            mlp_ratio=mlp_ratio,
+            mlp_ratio=_pair("mlp_ratio", mlp_ratio, (int, float)),
             # MlpMixer builds its blocks in order: each asks whether it is a sparse one
             block_layer=lambda *a, **k: (sparse_block if next(index) in sparse else MixerBlock)(*a, **k),  # type: ignore[arg-type]
             mlp_layer=DenseMlp,
@@ -217,6 +228,8 @@ class SparseMlp(MlpMixer):
 
 def _sparse_indices(sparse_blocks: int | Sequence[int], num_blocks: int) -> set[int]:
     last = isinstance(sparse_blocks, int)
+    if isinstance(sparse_blocks, int) and sparse_blocks < 0:
+        raise ValueError(f"sparse_blocks {sparse_blocks} must not be negative; ({sparse_blocks},) names one block")
     wanted = range(num_blocks - sparse_blocks, num_blocks) if isinstance(sparse_blocks, int) else sparse_blocks
     indices = {i if last or i >= 0 else i + num_blocks for i in wanted}
     if not indices <= set(range(num_blocks)):
@@ -224,9 +237,11 @@ def _sparse_indices(sparse_blocks: int | Sequence[int], num_blocks: int) -> set[
     return indices
 
 
-def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
-    if isinstance(value, int) or len(value) != 2:
-        raise ValueError(f"{name} must be a pair (token mixing, channel mixing); got {value!r}")
+def _pair(name: str, value: Any, kind: type | tuple[type, ...]) -> tuple[Any, Any]:
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(one, kind) for one in value):
+        raise ValueError(f"{name} must be a pair of numbers (token mixing, channel mixing); got {value!r}")
+    if min(value) <= 0:
+        raise ValueError(f"{name} must be above 0; got {value!r}")
     return value[0], value[1]
 
 

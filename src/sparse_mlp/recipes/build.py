@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from sparse_mlp.recipes.recipe import ModelConfig, Recipe
 from sparse_mlp.tasks.classify import Classify
 
 _FROM_DATA = ("img_size", "in_chans", "num_classes")
+_SHARES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,20 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
     given = [name for name in _FROM_DATA if name in config.args]
     if given:
         raise ValueError(f"model.args {given[0]}={config.args[given[0]]!r} is not yours to set: it comes from the data")
+    for name, value in config.args.items():
+        if name in _SHARES and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise ValueError(f"model.args {name}={value!r} is not a share in [0, 1)")
     arguments = dict(config.args) | {"in_chans": spec.channels, "num_classes": len(spec.classes)}
     published = get_pretrained_cfg(config.name)
     if published is not None and published.fixed_input_size:
         arguments["img_size"] = spec.image_size
     try:
-        model = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
+        with warnings.catch_warnings():  # an image smaller than a patch: said below, in one line
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
+            model = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
         _try_out(model, config.name, spec)
-    except (TypeError, AssertionError, RuntimeError) as error:
+    # What a model does with an argument that it cannot use is its own affair; ours says so in a ValueError.
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"model {config.name}: {_explain(error, config.name)}") from error
     if config.weights is not None:
         load_weights(model, Path(config.weights), new_head=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import is_model, model_entrypoint
 from torch import Tensor
@@ -65,7 +66,10 @@ def convert_file(source: Path, model_name: str, target: Path, use_ema: bool = Tr
     if target.suffix != ".safetensors":
         raise ValueError(f"the target must end in .safetensors, got {target.name}")
     if source.suffix == ".safetensors":
-        checkpoint: Mapping[str, Any] = load_file(source)
+        try:
+            checkpoint: Mapping[str, Any] = load_file(source)
+        except SafetensorError as error:
+            raise ValueError(f"{source} is no safetensors file: {error}") from error
     else:
         checkpoint = _load_pickled(source)
     weights = convert(checkpoint, model_name, use_ema)
@@ -78,7 +82,7 @@ def _load_pickled(source: Path) -> Mapping[str, Any]:
     try:
         with torch.serialization.safe_globals([Namespace]):
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # foreign, empty, cut short
         raise ValueError(f"{source} is no checkpoint that can be read without running code in it") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{source} holds a {type(checkpoint).__name__}, not a state dict")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,15 @@ def load(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
 
 def _read(model: nn.Module, path: Path) -> dict[str, Any]:
     """Names and tensors of a file, as `model` names them."""
-    if path.suffix == ".npz" and hasattr(model, "load_pretrained"):
-        model.load_pretrained(str(path))  # type: ignore[operator]
-        return model.state_dict()
     try:
+        if path.suffix == ".npz" and hasattr(model, "load_pretrained"):
+            model.load_pretrained(str(path))  # type: ignore[operator]
+            return model.state_dict()
         found = load_state_dict(str(path), device="cpu", weights_only=True)
     # A damaged or foreign file fails in as many ways as there are formats: pickle, zip, safetensors, missing keys.
     except Exception as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} holds no weights that can be read: {first_line}") from error
+        reason = re.split(r"\. |\n", str(error) or type(error).__name__)[0]
+        raise ValueError(f"{path} holds no weights that can be read: {reason}") from error
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return dict(adapt(found, model) if adapt else found)
 
