@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import runpy
-import socket
 import warnings
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,6 +37,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     heavy = ["timm", "torchvision", "torch.utils.tensorboard", "sklearn.datasets", "sklearn.model_selection"]
     context.set_forkserver_preload(["torch", *heavy, "sparse_mlp.tasks", "sparse_mlp.data"])
     folder = tmp_path_factory.mktemp("launch")
+    numbers = itertools.count()
 
     def start(program: Path, spec: dict[str, Any], environment: dict[str, str], log: Path) -> BaseProcess:
         process = context.Process(target=_run, args=(str(program), spec, environment, str(log)))
@@ -43,15 +45,20 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         return process
 
     def run(program: Path, spec: dict[str, Any], *, ranks: int = 1, errors: list[str] | None = None) -> list[int]:
-        port = str(_free_port())
-        logs = [folder / f"{port}_{rank}.txt" for rank in range(ranks)]
-        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
+        # Kept here, as torchrun does, and its port by the system: one that was only looked up may be taken meanwhile.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks > 1 else None
+        group = {}
+        if store is not None:
+            group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+            group["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        number = next(numbers)
+        logs = [folder / f"{number}_{rank}.txt" for rank in range(ranks)]
         processes = []
         for rank, log in enumerate(logs):
             own = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             processes.append(start(program, spec, own, log))
         for process in processes:
-            process.join(timeout=120)
+            process.join(timeout=300)
             if process.exitcode is None:
                 process.kill()
                 process.join()
@@ -61,12 +68,6 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         return [process.exitcode or 0 for process in processes]
 
     return run
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _run(program: str, spec: dict[str, Any], environment: dict[str, str], stderr: str) -> None:
