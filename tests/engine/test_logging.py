@@ -71,6 +71,9 @@ def test_events_behind_the_checkpoint_are_purged(run):
             write(log, step)
         write(log, 4, "eval", loss=0.5, images=3, ema=True, split="test")
         write(log, 4, "routing", layer="b.1", load=[0.5, 0.5, 0.0], importance=[1.0], dropped=0.25, entropy=0.7)
+    # TensorBoard reads the files by name: second, host, process, counter. Within a second 10 comes before 9.
+    (first,) = run.tensorboard.iterdir()
+    first.rename(first.with_name("events.out.tfevents.0000000001.host.1.0"))
     with MetricsLog(run, 2) as log:
         write(log, 3, loss=30.0)
         write(log, 4, "eval", loss=0.6, images=3, ema=True, split="test")
