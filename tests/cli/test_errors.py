@@ -89,6 +89,7 @@ def fails(run: Run) -> Callable[..., str]:
         ("compare digits_sparse", "two to six recipes"),
         ("compare digits_sparse digits_sparse", "named twice"),
         ("compare digits_sparse digits_mixr", "nearest: digits_mixer"),
+        ("compare digits_sparse digits_mixer --name both", "--name both would be ignored"),
         ("compare digits_sparse digits_mixer --optim.lr -1", "optim.lr -1.0 is not positive"),
         ("compare digits_mixer digits_sparse --data.image-size 7", "not divisible by its patch size 2"),
         ("eval", "one run folder or model name"),

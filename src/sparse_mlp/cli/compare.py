@@ -46,6 +46,8 @@ def run(arguments: list[str]) -> int:
         start = CompareArguments(recipe=default)
         given = parse(CompareArguments, options, prog="compare", description=_DESCRIPTION, default=start)
         recipe = join_model_arguments(given.recipe, default)
+        if recipe.name != default.name:
+            raise ValueError(f"--name {recipe.name} would be ignored: each run is called by its recipe; see --out")
         asked[given.out / name] = replace(recipe, name=name)
     for folder, recipe in asked.items():  # before anything is trained
         if (folder / "config.json").is_file():

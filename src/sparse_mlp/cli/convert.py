@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,10 +15,10 @@ from sparse_mlp.weights import convert_file
 
 @dataclass(frozen=True)
 class ConvertArguments:
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """Checkpoint of the authors or of ours: .pth, .pt or .safetensors."""
 
-    target: tyro.conf.Positional[Path]
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """File to write; its name ends in .safetensors."""
 
     model: str

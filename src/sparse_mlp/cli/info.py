@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.table import Table
@@ -21,7 +22,7 @@ from sparse_mlp.recipes.recipe import Arguments
 
 @dataclass(frozen=True)
 class InfoArguments:
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL|RUN")]
     """Name of a model, or a run folder."""
 
     args: Arguments = field(default_factory=dict)

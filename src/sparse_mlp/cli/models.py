@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Annotated
 
 import timm
 import torch
@@ -17,7 +18,7 @@ from sparse_mlp.models import registered_names
 
 @dataclass(frozen=True)
 class ModelsArguments:
-    filter: tyro.conf.Positional[str | None] = None
+    filter: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PART]")] = None
     """Part of a name, or a pattern such as *b16*. Left out: all."""
 
     all: bool = False

@@ -6,6 +6,7 @@ import glob
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -21,10 +22,10 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class PredictArguments:
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a trained run."""
 
-    images: tyro.conf.Positional[tuple[str, ...]]
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
     """Image files, folders of images, or quoted patterns such as 'photos/*.jpg'."""
 
     top: int = 5

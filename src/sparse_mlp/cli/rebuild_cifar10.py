@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,10 +15,10 @@ from sparse_mlp.data.cifar import rebuild_official
 
 @dataclass(frozen=True)
 class RebuildArguments:
-    root: tyro.conf.Positional[Path]
+    root: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ROOT")]
     """Folder with data_batch_1.zip ... test_batch.zip, labels.npy, filenames.txt.xz and batches.meta."""
 
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder in which cifar-10-batches-py/ is written; then --data.root OUT reads it."""
 
 
