@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -36,6 +38,19 @@ def test_one_process_at_a_time(tmp_path):
         other.kill()
     with run.locked():
         pass
+
+
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    run_module.write_json(path, {"a": 1})
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"^could not write {path}: No space left on device$"):
+        run_module.write_json(path, {"a": 2})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
 
 
 def test_damaged_configuration(tmp_path):

@@ -114,6 +114,13 @@ def test_files(tmp_path, published, ours):
         convert_file(tmp_path / "nowhere.pth", NAME, target)
 
 
+def test_a_target_in_no_folder(tmp_path):
+    source = tmp_path / "weights.pth"
+    torch.save({}, source)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder \S+/nowhere to write out.safetensors into"):
+        convert_file(source, "cycle_mlp_b1", tmp_path / "nowhere" / "out.safetensors")
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, published):
     torch.save({"model": published, "config": pytest.approx(1)}, tmp_path / "unsafe.pth")
     with pytest.raises(ValueError, match="without running code"):

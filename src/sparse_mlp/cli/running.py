@@ -13,6 +13,7 @@ from sparse_mlp import distributed, recipes
 from sparse_mlp.cli.showing import console, write_run_report
 from sparse_mlp.data import ImageData
 from sparse_mlp.engine import FREE_ON_RESUME, Evaluation, RunFolder, Trainer
+from sparse_mlp.engine.run import naming
 from sparse_mlp.recipes import Recipe
 
 # Fields that the weights do not depend on: they may change when a run is resumed.
@@ -83,7 +84,8 @@ def _finish(run: RunFolder, recipe: Recipe, data: ImageData, result: Evaluation)
         out.print(f"{len(bad)} images could not be read and were skipped: {some}", markup=False, soft_wrap=True)
     _link(run.weights(), run.path / "model.safetensors")
     temporary = run.path / ".predictions.tmp.npz"
-    np.savez_compressed(temporary, **result.predictions)  # type: ignore[arg-type]
+    with naming(run.path / "predictions.npz"):
+        np.savez_compressed(temporary, **result.predictions)  # type: ignore[arg-type]
     temporary.replace(run.path / "predictions.npz")
     write_run_report(run.path, recipe, data)
     out.print(f"top-1 {result.metrics['top1']:.2%}; everything is in {run.path}", markup=False, soft_wrap=True)

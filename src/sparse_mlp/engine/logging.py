@@ -19,7 +19,7 @@ from rich.table import Column
 from torch import Tensor
 
 from sparse_mlp.distributed import mean
-from sparse_mlp.engine.run import RunFolder
+from sparse_mlp.engine.run import RunFolder, naming
 
 _PLAIN_SECONDS = 5.0  # least time between two plain progress lines
 _NOT_SHOWN = {"lr", "grad_norm", "data_time", "images_per_s", "balance"}  # in the file, not on the bar
@@ -94,7 +94,7 @@ class MetricsLog:
         """One line. OSError that names the file if it cannot be written."""
         line = {"kind": kind, "step": step, "epoch": epoch, "time": seconds, **values}
         text = json.dumps(line, allow_nan=False)
-        with self._named():
+        with naming(self._path):
             self._file.write(text + "\n")
             self._file.flush()
         for name, value in _scalars(kind, values):
@@ -102,17 +102,9 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Bring everything to the disk, before a checkpoint that relies on it."""
-        with self._named():
+        with naming(self._path):
             os.fsync(self._file.fileno())
         self._board.flush()
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """The system does not say which file has no space left."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(f"could not write {self._path}: {error.strerror}") from error
 
 
 def _cut(path: Path, step: int) -> set[tuple[str, int]]:

@@ -116,12 +116,21 @@ class RunFolder:
 def write_json(path: Path, value: Any) -> None:
     """Write a small file in one go: either the old content or the new one is there."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
+    with naming(path), temporary.open("w") as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError from the block says that `path` could not be written: of a full disk the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error.strerror or error}") from error
 
 
 def environment() -> dict[str, Any]:

@@ -65,6 +65,8 @@ def convert_file(source: Path, model_name: str, target: Path, use_ema: bool = Tr
         raise FileNotFoundError(f"no file {source}")
     if target.suffix != ".safetensors":
         raise ValueError(f"the target must end in .safetensors, got {target.name}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} into")
     if source.suffix == ".safetensors":
         try:
             checkpoint: Mapping[str, Any] = load_file(source)
