@@ -83,7 +83,7 @@ class RunFolder:
             try:
                 # By lockf and not flock: data workers must not inherit it, they may outlive a killed process.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except (BlockingIOError, PermissionError):  # which of them depends on the system
                 raise ValueError(f"{self.path} is being trained by another process") from None
             except OSError:  # a file system without locks
                 pass

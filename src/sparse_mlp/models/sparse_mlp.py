@@ -158,15 +158,15 @@ class SparseMlp(MlpMixer):
         act_layer: str = "gelu",
         **kwargs: Any,
     ) -> None:
-        for name, value in (("patch_size", patch_size), ("num_blocks", num_blocks), ("embed_dim", embed_dim)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        _check_counts(patch_size=patch_size, num_blocks=num_blocks, embed_dim=embed_dim)
+        _check_finite(
+            capacity_ratio=capacity_ratio,
+            eval_capacity_ratio=eval_capacity_ratio,
+            noise_std=noise_std,
+            balance_weight=balance_weight,
+        )
         if act_layer not in GELU:
             raise ValueError(f"act_layer must be one of {', '.join(GELU)}; got {act_layer!r}")
-        settings = {"capacity_ratio": capacity_ratio, "eval_capacity_ratio": eval_capacity_ratio}
-        for name, number in {**settings, "noise_std": noise_std, "balance_weight": balance_weight}.items():
-            if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
-                raise ValueError(f"{name} must be a finite number; got {number!r}")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"img_size {img_size} is not divisible by patch_size {patch_size}")
@@ -224,6 +224,18 @@ class SparseMlp(MlpMixer):
         with np.load(Path(checkpoint_path), allow_pickle=False) as arrays:
             state_dict = from_google({key.removeprefix(prefix): arrays[key] for key in arrays.files})
         self.load_state_dict(checkpoint_filter_fn(state_dict, self))
+
+
+def _check_counts(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+
+
+def _check_finite(**values: Any) -> None:
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number; got {value!r}")
 
 
 def _sparse_indices(sparse_blocks: int | Sequence[int], num_blocks: int) -> set[int]:
