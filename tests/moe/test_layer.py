@@ -309,18 +309,18 @@ def test_compiles_with_inductor() -> None:
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("items", [20, 2])  # two: an example with fewer assignments than slots
 @pytest.mark.parametrize("kwargs", MODES)
-def test_exports_with_dynamic_batch_and_every_expert(kwargs) -> None:
+def test_exports_with_dynamic_batch_and_every_expert(kwargs, items: int) -> None:
     layer = make(**kwargs).eval()
-    program = torch.export.export(
-        layer, (torch.randn(3, 20, 16),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},)
-    )
+    example, dynamic = (torch.randn(3, items, 16),), ({0: torch.export.Dim("batch", min=1, max=4096)},)
+    program = torch.export.export(layer, example, dynamic_shapes=dynamic)
     for batch in (1, 2, 5, 64):
-        x = torch.randn(batch, 20, 16)
+        x = torch.randn(batch, items, 16)
         torch.testing.assert_close(program.module()(x), layer(x), atol=1e-5, rtol=1e-4)
     for expert in range(4):  # an expert that got none of the example's items must still be there
         layer.router.weight.data.zero_()
         layer.router.weight.data[expert] = 1.0
-        x = torch.rand(2, 20, 16)
-        again = torch.export.export(layer, (torch.randn(3, 20, 16),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        x = torch.rand(2, items, 16)
+        again = torch.export.export(layer, example, dynamic_shapes=dynamic)
         torch.testing.assert_close(again.module()(x), layer(x), atol=1e-5, rtol=1e-4)

@@ -54,3 +54,10 @@ def test_a_dense_model_has_nothing_to_tell() -> None:
     with telemetry.record(model) as records:
         model(torch.randn(1, 3))
     assert records == {}
+
+
+def test_a_forward_without_items_is_recorded_too() -> None:
+    layer = MoeMlp(8, 4, 4, 2).eval()
+    with telemetry.record(layer) as records:
+        layer(torch.zeros(0, 3, 8))
+    assert records[""][0].experts.shape == (0, 3, 2)

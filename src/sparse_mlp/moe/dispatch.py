@@ -77,7 +77,7 @@ def capacity_slots(
 
 
 def block_slots(experts_NK: Tensor, num_experts: int) -> tuple[Slots, Tensor]:
-    """Dropless with static shapes: R E + E blocks of ceil(N K / (R E)) slots, R = 4; each block has one expert.
+    """Dropless with static shapes: R E + E blocks of S = ceil(N K / (R E)) + 1 slots, R = 4; each block has one expert.
 
     Every expert's items fill whole blocks, the last one in part: sum_e ceil(n_e / S) <= N K / S + E, so the blocks
     always suffice. Returns the slots and the expert of each block. The price: 1/R more rows to work on, and a copy
@@ -87,7 +87,7 @@ def block_slots(experts_NK: Tensor, num_experts: int) -> tuple[Slots, Tensor]:
     top_k = experts_NK.shape[1]
     experts_1M = experts_NK.reshape(1, -1)
     blocks = (BLOCKS_PER_EXPERT + 1) * num_experts
-    size = (experts_NK.shape[0] * top_k + BLOCKS_PER_EXPERT * num_experts - 1) // (BLOCKS_PER_EXPERT * num_experts)
+    size = (experts_NK.shape[0] * top_k + BLOCKS_PER_EXPERT * num_experts - 1) // (BLOCKS_PER_EXPERT * num_experts) + 1
     place_1M, counts_1E = positions(experts_1M, num_experts)
     last_E = ((counts_1E[0] + size - 1) // size).cumsum(0)  # first block after each expert's
     first_E = torch.cat([last_E.new_zeros(1), last_E[:-1]])

@@ -168,5 +168,7 @@ def _check(
 
 def _record(routing: Routing, kept_NK: Tensor | None, shape: torch.Size) -> telemetry.RoutingRecord:
     kept_NK = torch.ones_like(routing.experts_NK, dtype=torch.bool) if kept_NK is None else kept_NK
-    experts, gates, kept = (t.detach().view(*shape, -1) for t in (routing.experts_NK, routing.gates_NK, kept_NK))
+    experts, gates, kept = (
+        t.detach().view(*shape, t.shape[-1]) for t in (routing.experts_NK, routing.gates_NK, kept_NK)
+    )
     return telemetry.RoutingRecord(experts, gates, kept)
