@@ -1,0 +1,50 @@
+"""The features of a backbone: what it gives for an image before any classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sparse_mlp.engine import Batch
+
+__all__ = ["evaluating", "extract_features", "pooled_features"]
+
+
+def pooled_features(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Pooled features (B, D) of a timm model, whatever classifier it has: timm's `pre_logits`."""
+    return backbone.forward_head(backbone.forward_features(images), pre_logits=True)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module, loader: Iterable[Batch], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (N, D) float32, class numbers (N,) and indices (N,) of the loader's images, on the CPU, in its order.
+
+    The backbone runs in evaluation mode without gradient; afterwards each of its modules is in the mode it was in.
+    ValueError if the loader has no images.
+    """
+    rows = []
+    with evaluating(backbone):
+        for batch in loader:
+            features = pooled_features(backbone, batch["image"].to(device)).float().cpu()
+            rows.append((features, batch["target"], batch["index"]))
+    if not rows:
+        raise ValueError("there are no images to take features of")
+    features, labels, index = (torch.cat(column) for column in zip(*rows, strict=True))
+    return features, labels, index
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the block; then every submodule gets its own mode back."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
