@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train a model by a recipe, into a run folder with metrics, checkpoints and a report",
+    "pretrain": "pre-train a backbone by MoCo v3, without labels",
     "compare": "train several recipes one after the other and set their results side by side",
     "eval": "measure the accuracy of a run or of any model on a data set",
     "predict": "classify image files with a trained run",

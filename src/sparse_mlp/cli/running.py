@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,15 +24,23 @@ FREE = frozenset(f"train.{name}" for name in FREE_ON_RESUME) | frozenset(
 )
 
 
-def train(recipe: Recipe, folder: Path | None, *, resume: bool = False) -> None:
+def train(
+    recipe: Any,
+    folder: Path | None,
+    *,
+    resume: bool = False,
+    build: Callable[[Any], Any] = recipes.build,
+    finish: Callable[[RunFolder, Any, ImageData, Evaluation], None] | None = None,
+) -> None:
     """Run a recipe in a folder to its end: metrics, checkpoints, predictions, weights and report. Collective.
 
-    Without a folder a new one under runs/ is taken. FileExistsError if a new run would go into the folder of another.
+    `build` makes data, task and loaders of the recipe; `finish` is called on one rank with the last evaluation. Without
+    a folder a new one under runs/ is taken. FileExistsError if a new run would go into the folder of another.
     """
     with distributed.join(recipe.train.device) as device:
         # Decided by one rank: the others may look when it has made the folder already.
         run = RunFolder(distributed.on_main(lambda: choose_folder(recipe.name, folder, resume)))
-        job = recipes.build(recipe)
+        job = build(recipe)
         trainer = Trainer(
             job.task,
             job.loaders,
@@ -47,10 +57,10 @@ def train(recipe: Recipe, folder: Path | None, *, resume: bool = False) -> None:
         if distributed.is_main():
             recipes.save_inputs(run.path, job.data.spec)
         result = trainer.fit(resume=resume)
-        distributed.on_main(lambda: _finish(run, recipe, job.data, result))
+        distributed.on_main(lambda: (finish or _finish)(run, recipe, job.data, result))
 
 
-def check_resume(folder: Path, stored: Recipe, asked: Recipe) -> None:
+def check_resume(folder: Path, stored: Any, asked: Any) -> None:
     """ValueError if a run would go on with other settings than it began with."""
     changed = {name: values for name, values in recipes.differences(stored, asked).items() if name not in FREE}
     if changed:
@@ -77,18 +87,24 @@ def is_finished(folder: Path) -> bool:
 
 
 def _finish(run: RunFolder, recipe: Recipe, data: ImageData, result: Evaluation) -> None:
-    out = console(stderr=True)
+    save_results(run, data, result)
+    write_run_report(run.path, recipe, data)
+    told = f"top-1 {result.metrics['top1']:.2%}; everything is in {run.path}"
+    console(stderr=True).print(told, markup=False, soft_wrap=True)
+
+
+def save_results(run: RunFolder, data: ImageData, result: Evaluation) -> None:
+    """The weights and predictions of a finished run into its folder; says which images could not be read."""
     bad = data.bad_images()
     if bad:
         some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-        out.print(f"{len(bad)} images could not be read and were skipped: {some}", markup=False, soft_wrap=True)
+        told = f"{len(bad)} images could not be read and were skipped: {some}"
+        console(stderr=True).print(told, markup=False, soft_wrap=True)
     _link(run.weights(), run.path / "model.safetensors")
     temporary = run.path / ".predictions.tmp.npz"
     with naming(run.path / "predictions.npz"):
         np.savez_compressed(temporary, **result.predictions)  # type: ignore[arg-type]
     temporary.replace(run.path / "predictions.npz")
-    write_run_report(run.path, recipe, data)
-    out.print(f"top-1 {result.metrics['top1']:.2%}; everything is in {run.path}", markup=False, soft_wrap=True)
 
 
 def _link(source: Path, target: Path) -> None:

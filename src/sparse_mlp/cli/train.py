@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -13,6 +13,8 @@ from sparse_mlp import recipes
 from sparse_mlp.cli.parse import parse, split_names
 from sparse_mlp.cli.running import check_resume, train
 from sparse_mlp.recipes import Recipe
+
+R = TypeVar("R", bound=Any)
 
 _DESCRIPTION = f"""Train a model by a recipe.
 
@@ -43,7 +45,7 @@ def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
     if len(names) > 1:
         raise ValueError(f"train takes one recipe, not {len(names)} ({', '.join(names)}); compare takes several")
-    resumed = _resumed_folder(options)
+    resumed = resumed_folder(options)
     if not names and not resumed and not {"-h", "--help"} & set(options):
         raise ValueError(f"which recipe? sparse-mlp train RECIPE, with one of {', '.join(recipes.RECIPES)}")
     stored = recipes.load(resumed) if resumed else None
@@ -66,14 +68,15 @@ def parse_recipe(options: list[str], default: Recipe | None, kind: Any = TrainAr
     return replace(given, recipe=join_model_arguments(given.recipe, default))
 
 
-def join_model_arguments(recipe: Recipe, default: Recipe) -> Recipe:
+def join_model_arguments(recipe: R, default: R) -> R:
+    """Model arguments join those of the default while the model stays the same."""
     if recipe.model.name != default.model.name:
         dropped = recipe.model.args == default.model.args
         return replace(recipe, model=replace(recipe.model, args={})) if dropped else recipe
     return replace(recipe, model=replace(recipe.model, args={**default.model.args, **recipe.model.args}))
 
 
-def _resumed_folder(options: list[str]) -> Path | None:
+def resumed_folder(options: list[str]) -> Path | None:
     """The folder of --resume, which has to be known before the other options have their defaults."""
     found = [word.removeprefix("--resume=") for word in options if word.startswith("--resume=")]
     found += [after for word, after in pairwise(options) if word == "--resume"]

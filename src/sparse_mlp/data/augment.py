@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class BatchAugment:
         if self.policy:
             images = self._apply_policy(images, draws[:, _POLICY])
         u = torch.from_numpy(draws).T.view(DRAWS, -1, 1, 1)
-        pixels = self._warp(images.float(), u) if self._warps() else resize(images, self.image_size)
+        pixels = self.warp(images.float(), u) if self._warps() else resize(images, self.image_size)
         pixels = normalize(pixels, self.mean, self.std)
         return self._erase(pixels, u) if self.config.erase else pixels
 
@@ -80,8 +80,11 @@ class BatchAugment:
             varied.append(np.asarray(self.policy(Image.fromarray(image))))
         return torch.from_numpy(np.stack(varied)).permute(0, 3, 1, 2)
 
-    def _warp(self, images: Tensor, u: Tensor) -> Tensor:
-        """Sample every (square) image through its own map from output to input coordinates, both in -1..1."""
+    def warp(self, images: Tensor, u: Tensor, outside: Literal["zeros", "border"] = "zeros") -> Tensor:
+        """Sample every (square) image through its own map from output to input coordinates, both in -1..1.
+
+        Images (B, C, H, W) float and draws (DRAWS, B, 1, 1); `outside` is what lies around an image.
+        """
         native = images.shape[-1]
         size = max(native, self.image_size)
         c = self.config
@@ -97,7 +100,7 @@ class BatchAugment:
         centres = (torch.arange(size) * 2 + 1) / size - 1
         x, y = centres.view(1, 1, -1) * mirror, centres.view(1, -1, 1)
         grid = torch.stack(((x * cos - y * sin) * window_x + shift_x, (x * sin + y * cos) * window_y + shift_y), -1)
-        return resize(F.grid_sample(images, grid, "bilinear", "zeros", align_corners=False), self.image_size)
+        return resize(F.grid_sample(images, grid, "bilinear", outside, align_corners=False), self.image_size)
 
     def _erase(self, images: Tensor, u: Tensor) -> Tensor:
         """Set a rectangle of 2 to 33 % of the area, sides 0.3 to 3.3 to one, to the mean colour (which is 0 here)."""

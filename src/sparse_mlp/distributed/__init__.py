@@ -1,8 +1,10 @@
 """Several processes as one: torchrun's group, data parallelism, sums over ranks."""
 
 from sparse_mlp.distributed.balance import sync_balance
+from sparse_mlp.distributed.batch_norm import sync_batch_norm
 from sparse_mlp.distributed.group import (
     Vote,
+    all_gather,
     broadcast,
     gather,
     is_main,
@@ -17,6 +19,7 @@ from sparse_mlp.distributed.group import (
 
 __all__ = [
     "Vote",
+    "all_gather",
     "broadcast",
     "gather",
     "is_main",
@@ -26,6 +29,7 @@ __all__ = [
     "rank",
     "resolve_device",
     "sync_balance",
+    "sync_batch_norm",
     "world_size",
     "wrap",
 ]

@@ -95,6 +95,15 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
+def all_gather(local: Tensor) -> Tensor:
+    """The ranks' tensors (of one shape), joined along the first dimension in rank order; no gradient goes through."""
+    if world_size() == 1:
+        return local.detach()
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local.detach().contiguous())
+    return torch.cat(parts)
+
+
 def broadcast(value: T) -> T:
     """Rank 0's value (anything that pickles) on every rank."""
     if world_size() == 1:

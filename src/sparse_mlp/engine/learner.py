@@ -67,6 +67,8 @@ class Learner:
         elif measure:
             self.scaler.unscale_(self.optimizer)
             values["grad_norm"] = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if measure:
+            values |= self.task.gradient_metrics()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -77,7 +79,7 @@ class Learner:
     def _accumulate(self, part: Batch, share: float, *, last: bool) -> dict[str, Tensor]:
         """Add the gradient of a micro-batch with `share` of the items; ranks exchange gradients at the last one."""
         if self._moe_layers:  # their balance loss does not pass through the loss that is scaled below
-            self._scale_balance(self.scaler.get_scale() * share)
+            self._scale_balance(self.scaler.get_scale() * share / self.task.model_passes)
         waiting = contextlib.nullcontext() if last or world_size() == 1 else self.module.no_sync()  # type: ignore[operator]
         with waiting:
             with torch.autocast(self.device.type, _AMP.get(self.train.amp or ""), enabled=self.train.amp is not None):

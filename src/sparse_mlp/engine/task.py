@@ -48,6 +48,10 @@ class Task(nn.Module):
     the engine seeds them before every forward from (seed, step, rank, micro-step).
     """
 
+    model_passes: int = 1
+    """How often a forward of the task runs the model. Each pass of a MoE layer adds the gradient of its own balance
+    loss; the engine weighs them so that their mean counts."""
+
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss` (scalar with a graph, mean over the items) and metrics to average (scalars, detached)."""
@@ -66,3 +70,7 @@ class Task(nn.Module):
 
     def before_step(self, step: int, steps: int) -> None:
         """Called before update `step` (0-based) of `steps`, for schedules of the task's own."""
+
+    def gradient_metrics(self) -> dict[str, Tensor]:
+        """Scalars to report of the gradients (averaged over ranks, without loss scale) where an update is measured."""
+        return {}

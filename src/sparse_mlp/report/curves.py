@@ -70,13 +70,37 @@ def curve_figures(run: Run) -> dict[str, Figure]:
     for name, key, title in (
         ("learning_rate", "lr", "Learning rate"),
         ("gradient_norm", "grad_norm", "Gradient norm"),
+        ("first_gradient_norm", "first_grad_norm", "Gradient norm of the first layer"),
+        ("momentum", "momentum", "Momentum of the key encoder"),
         ("throughput", "images_per_s", "Images per second"),
         ("balance_loss", "balance", "Balance loss, mean over layers"),
     ):
         values = train.get(key)
         if np.isfinite(values).any() and not (key == "balance" and not run.routing):
             figures[name] = _curve(title, run, [(None, train.step, values, BLUE)], plain)
-            figures[name].axes[0].set_ylim(bottom=0)
+            if name != "momentum":
+                figures[name].axes[0].set_ylim(bottom=0)
+    figures |= _pretraining_figures(run)
+    return figures
+
+
+def _pretraining_figures(run: Run) -> dict[str, Figure]:
+    """What only pre-training logs."""
+    train, evals, figures = run.train, run.evals, {}
+    if np.isfinite(train.get("contrast_acc")).any():
+        lines = [("train", train.step, train.get("contrast_acc"), BLUE)]
+        figures["contrast"] = _curve("The other view is the nearest key", run, lines, percent)
+    if np.isfinite(evals.get("knn_top1")).any():
+        figures["knn"] = _curve("Accuracy of the kNN", run, [], percent)
+        _test(figures["knn"].axes[0], evals.step, evals.get("knn_top1"), "lower right")
+    if np.isfinite(train.get("feature_std")).any():
+        lines = [("train", train.step, train.get("feature_std"), BLUE)]
+        figures["feature_std"] = _curve("Spread of the features", run, lines, plain)
+        figures["feature_std"].axes[0].set_ylim(bottom=0)
+        _test(figures["feature_std"].axes[0], evals.step, evals.get("feature_std"), "lower right")
+    if np.isfinite(evals.get("feature_rank")).any():
+        figures["feature_rank"] = _curve("Directions in which features vary", run, [], plain)
+        _test(figures["feature_rank"].axes[0], evals.step, evals.get("feature_rank"), "lower right")
     return figures
 
 

@@ -19,6 +19,8 @@ NONE, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 # Sections of a run's report: anchors and titles.
 TITLES = {
     "curves": "Training",
+    "map": "Where the test images lie",
+    "neighbours": "Nearest neighbours",
     "classes": "Right and wrong",
     "load": "Load of the experts",
     "patches": "Where patches go",

@@ -52,18 +52,23 @@ def write_report(
     names = class_names(run, classes)
     figures = Figures(run.path / "figures")
     parts = [
-        ("curves", _curves(run, figures)),
-        ("classes", _classes(run, figures, names, samples)),
+        ("curves", curves_section(run, figures)),
+        ("classes", classes_section(run, figures, names, samples)),
         ("load", load_section(run, figures)),
     ]
     if model is not None and samples is not None and len(samples.images):
         examples = trace_examples(run, model, samples, names, seed)
         parts += [("patches", patches_section(examples, figures)), ("channels", channels_section(examples, figures))]
     present = [(anchor, html) for anchor, html in parts if html]
-    body = "\n".join([_header(run, macs, [anchor for anchor, _ in present]), *(html for _, html in present)])
+    body = "\n".join([header(run, macs, [anchor for anchor, _ in present]), *(html for _, html in present)])
+    return save_page(run, body)
+
+
+def save_page(run: Run, body: str) -> Path:
+    """Write the page of a run with its settings below; returns its path."""
     target = run.path / "report.html"
     temporary = run.path / ".report.html.tmp"
-    temporary.write_text(page.document(f"{run.model_name} · {run.name}", f"{body}\n{_footer(run)}"), encoding="utf-8")
+    temporary.write_text(page.document(f"{run.model_name} · {run.name}", f"{body}\n{footer(run)}"), encoding="utf-8")
     temporary.replace(target)
     return target
 
@@ -82,7 +87,7 @@ def class_names(run: Run, classes: Sequence[str] | None) -> list[str]:
 # The top
 
 
-def _header(run: Run, macs: int | None, anchors: Sequence[str]) -> str:
+def header(run: Run, macs: int | None, anchors: Sequence[str]) -> str:
     links = "".join(f'<a href="#{anchor}">{TITLES[anchor]}</a>' for anchor in anchors)
     recipe = run.config.get("name") or run.config.get("recipe")
     told = " · ".join(str(part) for part in (recipe, run.name if run.name != recipe else None, _status(run)) if part)
@@ -110,7 +115,7 @@ def _headline(run: Run, macs: int | None) -> list[tuple[str, str, str]]:
     numbers = []
     if top1 is not None:
         images = f"of {len(run.predictions.target):,} test images" if run.predictions is not None else "last evaluation"
-        numbers.append(("Top-1 accuracy", f"{100 * top1:.2f} %", images))
+        numbers.append(("kNN top-1 accuracy" if run.pretraining else "Top-1 accuracy", f"{100 * top1:.2f} %", images))
     if run.parameters is not None:
         numbers.append(("Parameters", page.count(run.parameters), ""))
     if macs is not None:
@@ -162,7 +167,7 @@ def _hardware(found: Any) -> str:
     return ", ".join(part for part in [*parts, *map(str, found.get("gpus") or [])] if part)
 
 
-def _footer(run: Run) -> str:
+def footer(run: Run) -> str:
     return f"""{page.config_table(run.config)}
 <footer><p>Drawn by sparse-mlp from the files of this run folder. The figures are in figures/ as PNG.</p></footer>"""
 
@@ -177,11 +182,18 @@ _CURVES = {
     "learning_rate": "Warm-up, then the schedule.",
     "gradient_norm": "Before clipping. Spikes that the loss follows are a sign of too high a learning rate.",
     "throughput": "Training images per second, the loading of data included.",
+    "first_gradient_norm": "Of the first trainable weight matrix: instability in pre-training shows here first.",
+    "momentum": "Share of itself that the key encoder keeps in an update.",
+    "contrast": "How often the key nearest to a view is the other view of the same image, among those of the batch.",
+    "knn": "Weighted kNN on the features, training images with their labels against all test images.",
+    "feature_std": "Standard deviation of the l2-normalised features, times the square root of their number: towards 0 "
+    "the features of all images become one.",
+    "feature_rank": "Effective rank (RankMe) of the test features: few directions are a collapse as well.",
     "balance_loss": "Squared variation of the experts' importance and load; 0 is perfect balance.",
 }
 
 
-def _curves(run: Run, figures: Figures) -> str:
+def curves_section(run: Run, figures: Figures) -> str:
     drawn = [figures.add(figure, name, _CURVES[name]) for name, figure in curve_figures(run).items()]
     if not drawn:
         return ""
@@ -195,7 +207,7 @@ def _curves(run: Run, figures: Figures) -> str:
 # Classes
 
 
-def _classes(run: Run, figures: Figures, names: Sequence[str], samples: Samples | None) -> str:
+def classes_section(run: Run, figures: Figures, names: Sequence[str], samples: Samples | None) -> str:
     predictions = run.predictions
     if predictions is None or not len(predictions.target):
         return ""

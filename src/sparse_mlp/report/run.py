@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from sparse_mlp.engine import RunFolder
 
 # Numbers read from the lines of metrics, by kind.
-_TRAIN = ("loss", "accuracy", "balance", "lr", "grad_norm", "images_per_s")
-_EVAL = ("loss", "top1", "top5")
+_PRETRAIN = ("contrast_acc", "feature_std", "momentum", "first_grad_norm")
+_TRAIN = ("loss", "accuracy", "balance", "lr", "grad_norm", "images_per_s", "data_time", *_PRETRAIN)
+_EVAL = ("loss", "top1", "top5", "knn_top1", "knn_top5", "feature_std", "feature_rank")
 _ROUTING = ("dropped", "entropy")
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: stored, but no parameters
@@ -107,6 +108,11 @@ class Run:
         return str(model.get("name", "model")) if isinstance(model, dict) else str(model or "model")
 
     @property
+    def pretraining(self) -> bool:
+        """Whether the run learned from views, without labels; its predictions are then those of the kNN."""
+        return "views" in self.config
+
+    @property
     def last_step(self) -> int:
         steps = [series.step[-1] for series in (self.train, self.evals) if len(series)]
         steps += [event["step"] for event in self.events]
@@ -123,7 +129,7 @@ class Run:
         """Top-1 accuracy in 0..1: of the final predictions, else of the last evaluation, else None."""
         if self.predictions is not None and len(self.predictions.target):
             return float(self.predictions.correct.mean())
-        accuracy = self.evals.get("top1")
+        accuracy = self.evals.get("knn_top1" if self.pretraining else "top1")
         return float(accuracy[-1]) if len(accuracy) and np.isfinite(accuracy[-1]) else None
 
     @property
@@ -263,6 +269,8 @@ def _read_predictions(path: Path, notes: list[str]) -> Predictions | None:
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if "logits" not in archive:  # pre-training without a kNN
+                return None
             index, target, logits = (archive[name] for name in ("index", "target", "logits"))
     except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a predictions file: {' '.join(str(error).split())}") from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_mlp.engine import Batch
 
-__all__ = ["evaluating", "extract_features", "pooled_features"]
+__all__ = ["evaluating", "extract_features", "pooled_features", "skip_final_norm"]
 
 
 def pooled_features(backbone: nn.Module, images: Tensor) -> Tensor:
@@ -48,3 +48,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in before:
             part.training = training
+
+
+class SkippedNorm(nn.Module):
+    """A norm that does nothing, with the names and values of the one it stands for in its state dict."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
+            self.register_buffer(name, tensor.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def skip_final_norm(model: nn.Module) -> None:
+    """Take the norm before the pooling and the classifier out of a timm model; its state dict keeps its keys.
+
+    ValueError if the model has none under timm's usual names.
+    """
+    found = [name for name in ("norm", "fc_norm") if list(getattr(model, name, nn.Identity()).state_dict())]
+    if not found:
+        raise ValueError(f"task.final_norm is off, but {type(model).__name__} has no final norm to leave out")
+    for name in found:
+        setattr(model, name, SkippedNorm(getattr(model, name)))

@@ -1,0 +1,276 @@
+"""MoCo v3: two views of an image find each other among the views of all the others.
+
+Paper: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", arXiv 2104.02057; algorithm
+1 and section 4. Mixtures of experts with it are not described anywhere; ours is stated at `Moco`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparse_mlp.distributed import all_gather, broadcast, gather, rank, sync_batch_norm, world_size
+from sparse_mlp.engine import Batch, Evaluation, Task
+from sparse_mlp.tasks.features import evaluating, pooled_features, skip_final_norm
+from sparse_mlp.tasks.knn import weighted_knn
+
+__all__ = ["Moco", "MocoConfig", "contrast", "feature_rank", "feature_std", "momentum_at"]
+
+
+@dataclass(frozen=True)
+class MocoConfig:
+    """What is learned from two views, and how it is watched; the defaults are the published ones."""
+
+    temperature: float = 0.2
+    """Scale of the similarities; the loss is multiplied by twice its value."""
+
+    momentum: float = 0.99
+    """Share of itself that the momentum encoder keeps in the first update; it rises to 1 along a cosine."""
+
+    momentum_sched: bool = True
+    """Let it rise; without, it stays."""
+
+    hidden_dim: int = 4096
+    """Width of the hidden layers of projector and predictor."""
+
+    out_dim: int = 256
+    """Width of what is compared."""
+
+    projector_layers: int = 3
+    """Layers of the projector."""
+
+    predictor_layers: int = 2
+    """Layers of the predictor."""
+
+    freeze_patch_embed: bool | None = None
+    """Leave the patch embedding at its random start, which keeps training stable (section 4.3). Left out: where the
+    model has one, that is a convolution whose patches do not overlap."""
+
+    final_norm: bool = True
+    """Keep the norm before the pooling. Without a class token the authors' probe is better without it (table 4)."""
+
+    decay_all: bool = False
+    """Let biases and norms decay too, as the published code does with AdamW (not with LARS)."""
+
+    knn_images: int = 10_000
+    """Training images that the weighted kNN of an evaluation compares with; 0 leaves it out."""
+
+    knn_k: int = 20
+    """Neighbours that vote."""
+
+    knn_temperature: float = 0.07
+    """A neighbour's vote is exp(cosine / temperature)."""
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "knn_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"task.{name} {getattr(self, name)} is not positive")
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"task.momentum {self.momentum} is not in [0, 1]")
+        for name in ("hidden_dim", "out_dim", "projector_layers", "predictor_layers", "knn_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"task.{name} {getattr(self, name)} is below 1")
+        if self.knn_images < 0:
+            raise ValueError(f"task.knn_images {self.knn_images} is below 0")
+
+
+class Moco(Task):
+    """Pre-trains any timm model, which loses its classifier.
+
+    Batches hold `view1` and `view2` (B, C, H, W); a `target` is never looked at. Evaluation batches hold `image`,
+    `target`, `index` and `bank` (B,), True for training images that the kNN compares with.
+
+    A mixture of experts balances its load in the online encoder alone, by the mean of both views' losses. The momentum
+    encoder runs in evaluation mode but for its batch norms, which take the batch's statistics as published: its router
+    has no noise and adds no gradient, it drops nothing.
+    """
+
+    model_passes = 2
+
+    def __init__(self, model: nn.Module, config: MocoConfig | None = None, num_classes: int = 0) -> None:
+        """ValueError for a model without what the options ask for. Under torch.distributed call it in the group."""
+        super().__init__()
+        self.config = config = config or MocoConfig()
+        self.num_classes = num_classes
+        model.reset_classifier(0)  # type: ignore[operator]
+        if not config.final_norm:
+            skip_final_norm(model)
+        if config.freeze_patch_embed is not False:
+            _freeze_patch_embed(model, needed=config.freeze_patch_embed is True)
+        dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
+        self.encoder = model
+        self.projector = mlp(config.projector_layers, dim, config.hidden_dim, config.out_dim)
+        self.predictor = mlp(config.predictor_layers, config.out_dim, config.hidden_dim, config.out_dim)
+        self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.momentum = config.momentum
+        sync_batch_norm(self)
+        self.train()
+
+    def train(self, mode: bool = True) -> Moco:
+        super().train(mode)
+        for module in (*self.momentum_encoder.modules(), *self.momentum_projector.modules()):
+            module.training = mode and isinstance(module, _BatchNorm)
+        return self
+
+    def before_step(self, step: int, steps: int) -> None:
+        if self.config.momentum_sched:
+            self.momentum = momentum_at(step, steps, self.config.momentum)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss`; `contrast_acc` (how often the other view is the nearest key), `feature_std` and `momentum`."""
+        views = batch["view1"], batch["view2"]
+        if len(views[0]) * world_size() < 2:
+            raise ValueError("a batch of one image has nothing to contrast, and batch norm no statistics")
+        features = [self.encoder(view) for view in views]
+        queries = [self.predictor(self.projector(feature)) for feature in features]
+        with torch.no_grad():
+            self._follow()
+            keys = [self.momentum_projector(self.momentum_encoder(view)) for view in views]
+        loss1, accuracy1 = contrast(queries[0], keys[1], self.config.temperature)
+        loss2, accuracy2 = contrast(queries[1], keys[0], self.config.temperature)
+        return {
+            "loss": loss1 + loss2,
+            "contrast_acc": (accuracy1 + accuracy2) / 2,
+            "feature_std": feature_std(features[0].detach()),
+            "momentum": features[0].new_tensor(self.momentum),
+        }
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The momentum encoder's parameters move towards the online ones; buffers are its own."""
+        mine = [*self.momentum_encoder.parameters(), *self.momentum_projector.parameters()]
+        theirs = [*self.encoder.parameters(), *self.projector.parameters()]
+        torch._foreach_lerp_(list[Tensor](mine), list[Tensor](theirs), 1 - self.momentum)
+
+    def backbone(self) -> nn.Module:
+        return self.encoder
+
+    def param_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
+        if layer_decay is not None:
+            raise ValueError(f"optim.layer_decay {layer_decay} is for fine-tuning; pre-training has no such thing")
+        if self.config.decay_all:
+            return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+        names = self.encoder.no_weight_decay() if hasattr(self.encoder, "no_weight_decay") else set()  # type: ignore[operator]
+        spared = {*(f"encoder.{name}" for name in names), "*.bias"}  # stacked experts have biases of two dimensions
+        return param_groups_weight_decay(self, weight_decay, no_weight_decay_list=spared)
+
+    def gradient_metrics(self) -> dict[str, Tensor]:
+        """`first_grad_norm`: of the first trainable weight matrix, where instability shows first (section 4.2)."""
+        first = next(p for p in self.encoder.parameters() if p.requires_grad and p.ndim > 1)
+        return {} if first.grad is None else {"first_grad_norm": first.grad.norm()}
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[Batch], device: torch.device) -> Evaluation:
+        """`feature_std` and `feature_rank` of the test images; where there is a bank `knn_top1` and `knn_top5`.
+
+        Predictions are `index`, `target` and `logits`, the logarithms of the classes' shares of the votes.
+        """
+        rows = []
+        with evaluating(self.encoder):
+            for batch in loader:
+                features = pooled_features(self.encoder, batch["image"].to(device)).float().cpu()
+                rows.append((batch["bank"], batch["index"], batch["target"], features))
+        ranks = gather([torch.cat(column).numpy() for column in zip(*rows, strict=True)])
+        if ranks is None:
+            return Evaluation(broadcast(dict[str, float]()))
+        found = [columns for columns in ranks if columns]
+        columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True)]
+        if not found or columns[0].all():
+            raise ValueError("there are no images to evaluate on")
+        bank, test = (_rows(columns, columns[0] == kind) for kind in (True, False))
+        index, target, features = test
+        metrics = {"feature_std": float(feature_std(features)), "feature_rank": feature_rank(features)}
+        predictions = {"index": index.numpy(), "target": target.numpy()}
+        if len(bank[0]):
+            votes = self._vote(bank, features.to(device)).cpu()
+            best = votes.topk(min(5, votes.shape[1]), dim=1).indices == target[:, None]
+            metrics["knn_top1"] = float(best[:, 0].double().mean())
+            metrics["knn_top5"] = float(best.any(dim=1).double().mean())
+            predictions["logits"] = (votes / votes.sum(1, keepdim=True)).clamp(min=1e-6).log().numpy()
+        return Evaluation(broadcast(metrics | {"images": len(target)}), predictions)
+
+    def _vote(self, bank: list[Tensor], features: Tensor) -> Tensor:
+        _, labels, known = (column.to(features.device) for column in bank)
+        classes = self.num_classes or int(labels.max()) + 1
+        return weighted_knn(known, labels, features, classes, self.config.knn_k, self.config.knn_temperature)
+
+
+def contrast(queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """InfoNCE x 2T of queries (B, D) against the keys (B, D) of all ranks, and the share of queries that find theirs.
+
+    Algorithm 1, `ctr`: cosines / T, cross-entropy with a query's own key as the class, times 2T. In float32.
+    """
+    queries, keys = F.normalize(queries.float(), dim=1), all_gather(F.normalize(keys.float(), dim=1))
+    logits = queries @ keys.T / temperature
+    own = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+    accuracy = (logits.detach().argmax(1) == own).float().mean()
+    return 2 * temperature * F.cross_entropy(logits, own), accuracy
+
+
+def mlp(layers: int, dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """Linear layers without bias, batch norm and ReLU between them, a batch norm without weights after the last."""
+    widths = [dim, *[hidden_dim] * (layers - 1), out_dim]
+    modules: list[nn.Module] = []
+    for i in range(layers):
+        last = i == layers - 1
+        modules += [nn.Linear(widths[i], widths[i + 1], bias=False), nn.BatchNorm1d(widths[i + 1], affine=not last)]
+        modules += [] if last else [nn.ReLU(inplace=True)]
+    return nn.Sequential(*modules)
+
+
+def momentum_at(step: int, steps: int, start: float) -> float:
+    """1 - (1 - start)(1 + cos(pi step / steps)) / 2: from `start` at the first step towards 1."""
+    return 1 - (1 - start) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def feature_std(features: Tensor) -> Tensor:
+    """Mean standard deviation of the l2-normalised features (N, D), times sqrt(D).
+
+    1 where they lie all over the sphere (a standard deviation of 1 / sqrt(D)); 0 where all are one: collapse.
+    """
+    return F.normalize(features.float(), dim=1).std(dim=0, correction=0).mean() * features.shape[1] ** 0.5
+
+
+def feature_rank(features: Tensor) -> float:
+    """exp of the entropy of the features' (N, D) normalised singular values: in how many directions they vary.
+
+    RankMe (Garrido et al., arXiv 2210.02885), here of the centred l2-normalised features; at most D.
+    """
+    normal = F.normalize(features.double(), dim=1)
+    centred = normal - normal.mean(dim=0)
+    values = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
+    shares = values / values.sum().clamp(min=1e-300)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def _freeze_patch_embed(model: nn.Module, needed: bool) -> None:
+    """Freeze the model's first convolution if its patches do not overlap; else ValueError where it is `needed`."""
+    name = getattr(model, "pretrained_cfg", {}).get("first_conv")
+    first = model.get_submodule(name) if isinstance(name, str) else None
+    if isinstance(first, nn.Conv2d) and first.kernel_size == first.stride:
+        first.requires_grad_(False)
+    elif needed:
+        raise ValueError(
+            f"task.freeze_patch_embed is set, but {type(model).__name__} has no patch embedding: patches of its first "
+            "convolution overlap"
+        )
+
+
+def _rows(columns: list[Tensor], chosen: Tensor) -> list[Tensor]:
+    """Index, target and features of the chosen rows in the order of their index, each once (a stream's -1 all)."""
+    _, *rest = (column[chosen] for column in columns)
+    index = rest[0].numpy()
+    first = np.unique(index, return_index=True)[1]
+    order = torch.from_numpy(np.concatenate([first[index[first] >= 0], np.flatnonzero(index < 0)]))
+    return [column[order] for column in rest]
