@@ -38,6 +38,16 @@ RECIPE_FLAGS = (
 )
 
 
+PRETRAIN_FLAGS = (
+    "--lr-base-size --views.crop-scale --views.crop-ratio --views.flip --views.rotate --views.jitter "
+    "--views.brightness --views.contrast --views.saturation --views.hue --views.grey --views.blur --views.blur-sigma "
+    "--views.solarize --task.temperature --task.momentum --task.momentum-sched --task.no-momentum-sched "
+    "--task.hidden-dim --task.out-dim --task.projector-layers --task.predictor-layers --task.freeze-patch-embed "
+    "--task.final-norm --task.no-final-norm --task.decay-all --task.no-decay-all --task.knn-images --task.knn-k "
+    "--task.knn-temperature "
+)
+
+
 def flags(text: str) -> list[str]:
     """The options that a help text explains, in its order."""
     lines = [line.strip("│ ") for line in text.splitlines()]
@@ -49,6 +59,13 @@ def test_the_flags_of_a_recipe_are_frozen(run: Run, command: str, own: list[str]
     """Scripts depend on these names: adding one is fine, with a line here; renaming one is not."""
     _, out, _ = run(command, "digits_sparse", "--help")
     assert flags(out) == own + RECIPE_FLAGS.split()
+
+
+def test_the_flags_of_pretraining_are_frozen(run: Run):
+    """Those of a recipe but for augmentation and loss, and its own."""
+    _, out, _ = run("pretrain", "digits_moco_sparse", "--help")
+    kept = {flag for flag in RECIPE_FLAGS.split() if not flag.startswith(("--augment.", "--task."))}
+    assert set(flags(out)) == {"--out", "--resume", *kept, *PRETRAIN_FLAGS.split()}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+from sparse_mlp.data import DataConfig, ViewsConfig, build_views, eval_loader, view_loader
+from sparse_mlp.data.views import VIEW_DRAWS, BatchView, blend, gaussian_blur, luminance, turn_hue
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+GREY = {"saturation": 0.0, "hue": 0.0, "grey": 0.0}
+OFF = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": (0.0, 0.0)}
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def pixels(count: int = 64, size: int = 16) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def draws(count: int = 64, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((count, VIEW_DRAWS), dtype=np.float32)
+
+
+def test_colour_operations_are_torchvisions_with_a_number_an_image(images):
+    numbers = torch.tensor([0.6, 0.9, 1.0, 1.2, 1.4])
+    turns = torch.tensor([-0.5, -0.1, 0.0, 0.07, 0.3])
+    contrast = luminance(images).mean((1, 2, 3), keepdim=True)
+    for i, (factor, turn) in enumerate(zip(numbers.tolist(), turns.tolist(), strict=True)):
+        one = images[i : i + 1]
+        close = torch.testing.assert_close
+        close(blend(images, torch.zeros(()), numbers)[i : i + 1], tv.adjust_brightness(one, factor))
+        close(blend(images, contrast, numbers)[i : i + 1], tv.adjust_contrast(one, factor))
+        close(blend(images, luminance(images), numbers)[i : i + 1], tv.adjust_saturation(one, factor))
+        close(turn_hue(images, turns)[i : i + 1], tv.adjust_hue(one, turn), rtol=1e-4, atol=1e-5)
+    grey = torch.full((2, 3, 4, 4), 0.3)
+    torch.testing.assert_close(turn_hue(grey, torch.tensor([0.1, 0.4])), grey)
+
+
+def test_blur_is_torchvisions(images):
+    sigmas = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0])
+    for i, sigma in enumerate(sigmas.tolist()):
+        expected = tv.gaussian_blur(images[i : i + 1], [9, 9], [sigma, sigma])
+        torch.testing.assert_close(gaussian_blur(images, sigmas, radius=4)[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_depends_on_its_own_draws_alone():
+    view = BatchView(ViewsConfig(blur=(0.5, 0.1)), 0, 16, **PLAIN)
+    together = view(pixels(), draws())
+    for i in (0, 7, 63):
+        torch.testing.assert_close(view(pixels()[i : i + 1], draws()[i : i + 1])[0], together[i])
+
+
+def test_every_operation_has_its_share():
+    count, whole = 4000, pixels(1, 4).expand(4000, -1, -1, -1)
+    plain = BatchView(ViewsConfig(**OFF, solarize=(0.0, 0.0)), 0, 4, **PLAIN)(whole, draws(count))
+    torch.testing.assert_close(plain * 255, whole.float(), rtol=0, atol=1e-3)
+    blur = {"blur": (1.0, 0.1), "blur_sigma": (1.0, 2.0)}
+    for option, number, share in (
+        ({"jitter": 0.8}, 0, 0.8),
+        ({"grey": 0.2}, 0, 0.2),
+        (blur, 0, 1.0),
+        (blur, 1, 0.1),
+        ({"solarize": (0.0, 0.2)}, 0, 0.0),
+        ({"solarize": (0.0, 0.2)}, 1, 0.2),
+        ({"flip": 0.5}, 0, 0.5),
+    ):
+        config = ViewsConfig(**{**OFF, "solarize": (0.0, 0.0), **option})
+        changed = BatchView(config, number, 4, **PLAIN)(whole, draws(count))
+        found = ((changed - plain).abs().amax((1, 2, 3)) > 1e-3).float().mean().item()
+        assert found == pytest.approx(share, abs=0.03), (option, number)
+
+
+def test_solarised_values_are_inverted_from_128_on():
+    config = ViewsConfig(**{**OFF, "solarize": (1.0, 0.0)})
+    image = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    found = BatchView(config, 0, 2, **PLAIN)(image, draws(1))[0, 0].flatten() * 255
+    torch.testing.assert_close(found, torch.tensor([0.0, 127.0, 127.0, 0.0]), atol=1e-3, rtol=0)
+
+
+def digits(**options) -> tuple:
+    config = DataConfig(batch_size=64, **options)
+    return build_views(config, ViewsConfig(**GREY)), config
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_batches_are_a_function_of_the_step():
+    data, config = digits()
+    whole = list(view_loader(data, config, 3, steps=25))  # 18 steps an epoch
+    assert set(whole[0]) == {"view1", "view2", "target", "index"}
+    assert not torch.equal(whole[0]["view1"], whole[0]["view2"])
+    again, with_workers = digits(workers=2)
+    later = list(view_loader(again, with_workers, 3, start_step=16, steps=9))
+    assert all(same(one, other) for one, other in zip(whole[16:], later, strict=True))
+    halves = [next(iter(view_loader(data, config, 3, start_step=20, steps=1, rank=r, world_size=2))) for r in (0, 1)]
+    assert same(whole[20], {name: torch.cat([half[name] for half in halves]) for name in whole[20]})
+    other_seed = next(iter(view_loader(data, config, 4, steps=1)))
+    assert not torch.equal(other_seed["view1"], whole[0]["view1"])
+    assert set(next(iter(eval_loader(data, config)))) == {"image", "target", "index"}
+
+
+def test_files_are_read_in_two_views(tmp_path):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            values = np.random.default_rng(i).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+            Image.fromarray(values).save(tmp_path / name / f"{i}.png")
+    config = DataConfig(name="folder", root=str(tmp_path), image_size=24, batch_size=4, workers=1)
+    data = build_views(config, ViewsConfig())
+    one, two = (list(view_loader(data, config, 0, start_step=s, steps=6 - s)) for s in (0, 4))
+    assert one[0]["view1"].shape == one[0]["view2"].shape == (4, 3, 24, 24)
+    assert same(one[4], two[0]) and not torch.equal(one[0]["view1"], one[0]["view2"])
+    state = torch.get_rng_state()
+    alone = data.train.batch([one[0]["index"][1].item()], (0, 0))
+    assert torch.equal(alone["view2"][0], one[0]["view2"][1])
+    assert torch.equal(state, torch.get_rng_state())
+    assert data.train.batch([0])["image"].shape == (1, 3, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flip": 1.5}, r"views.flip 1.5 is not in \[0, 1\]"),
+        ({"blur": (1.0, -0.1)}, "views.blur"),
+        ({"hue": 0.7}, "views.hue 0.7"),
+        ({"brightness": -1.0}, "views.brightness -1.0 is negative"),
+        ({"crop_scale": (0.5, 0.2)}, "views.crop_scale"),
+        ({"blur": (0.0, 0.0), "blur_sigma": (0.1, 1.0)}, "would be ignored"),
+    ],
+)
+def test_wrong_values_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ViewsConfig(**options)
+
+
+def test_options_that_a_set_would_ignore_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="for colour images"):
+        build_views(DataConfig(), ViewsConfig())
