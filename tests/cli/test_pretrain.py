@@ -93,13 +93,14 @@ def test_two_ranks_train_as_one(launch: Callable[..., list[int]], tmp_path: Path
         assert launch(PROGRAM, {"arguments": arguments}, ranks=ranks, errors=errors) == [0] * ranks, errors
         losses[ranks] = [line["loss"] for line in lines(out, "train")]
         scores = lines(out, "eval")[-1]
-        losses[ranks] += [scores["knn_top1"], scores["images"]]
-    assert losses[2] == pytest.approx(losses[1], abs=1e-3)
+        losses[ranks].append(scores["knn_top1"])
+        assert scores["images"] == 599
+    assert losses[2] == pytest.approx(losses[1], abs=4e-3)  # two of 599 images may tip over after six updates
 
 
 @pytest.mark.parametrize("opt", ["lars", "adamw"])
 def test_optimisers(opt: str, tmp_path: Path, run: Run):
-    extra = ["--optim.opt", opt, "--model.name", "mixer_t4_32", "--train.steps", "2", "--train.eval-every", "0"]
+    extra = ["--optim.opt", opt, "--model.name", "mixer_t4_32", "--train.steps", "4", "--train.eval-every", "0"]
     args = ["--model.args", "patch_size=4", "num_blocks=1", "embed_dim=16"]
     code, _, err = run("pretrain", "digits_moco_sparse", *SHORT, *extra, *args, "--out", tmp_path / "run")
     assert code == 0, err

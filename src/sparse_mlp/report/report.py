@@ -182,6 +182,10 @@ _CURVES = {
     "learning_rate": "Warm-up, then the schedule.",
     "gradient_norm": "Before clipping. Spikes that the loss follows are a sign of too high a learning rate.",
     "throughput": "Training images per second, the loading of data included.",
+    "balance_loss": "Squared variation of the experts' importance and load; 0 is perfect balance.",
+}
+_PRETRAINING_CURVES = {
+    "loss": "Both views' contrast, times twice the temperature. Comparable between runs of one batch size only.",
     "first_gradient_norm": "Of the first trainable weight matrix: instability in pre-training shows here first.",
     "momentum": "Share of itself that the key encoder keeps in an update.",
     "contrast": "How often the key nearest to a view is the other view of the same image, among those of the batch.",
@@ -189,12 +193,12 @@ _CURVES = {
     "feature_std": "Standard deviation of the l2-normalised features, times the square root of their number: towards 0 "
     "the features of all images become one.",
     "feature_rank": "Effective rank (RankMe) of the test features: few directions are a collapse as well.",
-    "balance_loss": "Squared variation of the experts' importance and load; 0 is perfect balance.",
 }
 
 
 def curves_section(run: Run, figures: Figures) -> str:
-    drawn = [figures.add(figure, name, _CURVES[name]) for name, figure in curve_figures(run).items()]
+    captions = _CURVES | (_PRETRAINING_CURVES if run.pretraining else {})
+    drawn = [figures.add(figure, name, captions[name]) for name, figure in curve_figures(run).items()]
     if not drawn:
         return ""
     lead = (
