@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, build_datasets, eval_loader, steps_per_epoch
 from sparse_mlp.data import train_loader as loader
 from sparse_mlp.data.sets import _build_files
+from sparse_mlp.data.views import ViewsConfig, in_two_views, view_loader
 
 CONFIG = DataConfig(name="wds/counted", image_size=16, batch_size=4, eval_batch_size=5, num_classes=3)
 
@@ -145,3 +146,14 @@ def test_shards_that_are_not_there(shards: Path):
     config = DataConfig(name="wds/digits", root=str(shards), image_size=8, num_classes=10, train_split="trian")
     with pytest.raises(ValueError, match="timm cannot open 'wds/digits', split 'trian': split trian not found in info"):
         build_datasets(config, AugmentConfig())
+
+
+def test_a_stream_in_two_views():
+    def views(start: int, steps: int) -> list[dict[str, torch.Tensor]]:
+        return list(view_loader(in_two_views(build(), ViewsConfig()), CONFIG, 0, start_step=start, steps=steps))
+
+    whole = views(0, 7)
+    assert set(whole[0]) == {"view1", "view2", "target", "index"}
+    assert whole[0]["view1"].shape == (4, 3, 16, 16) and not torch.equal(whole[0]["view1"], whole[0]["view2"])
+    for first, second in zip(whole[5:], views(5, 2), strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)

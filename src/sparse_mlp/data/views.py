@@ -101,14 +101,18 @@ class ViewsConfig:
 
 def build_views(data: DataConfig, views: ViewsConfig) -> ImageData:
     """The sets that `data` names, the training images in two views. Errors as `build_datasets`, and options unused."""
-    built = build_datasets(data, AugmentConfig())
+    return in_two_views(build_datasets(data, AugmentConfig()), views)
+
+
+def in_two_views(built: ImageData, views: ViewsConfig) -> ImageData:
+    """The same sets, the training images in two views. ValueError for options that such images would ignore."""
     spec = built.spec
     if spec.channels == 1 and (views.saturation or views.hue or views.grey):
         raise ValueError("views.saturation, views.hue and views.grey are for colour images; set them to 0")
     if isinstance(built.train, ArrayImages):
         return replace(built, train=ArrayViews(built.train, views))
     if views.rotate:
-        raise ValueError(f"views.rotate {views.rotate} is for sets in memory (digits, cifar...), not for {data.name}")
+        raise ValueError(f"views.rotate {views.rotate} is for sets in memory (digits, cifar...)")
     pair = _Pair(*(view_transform(views, number, spec.image_size, spec.mean, spec.std) for number in (0, 1)))
     if isinstance(built.train, FileImages):
         return replace(built, train=FileViews(built.train, pair))
