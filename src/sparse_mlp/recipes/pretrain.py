@@ -69,7 +69,9 @@ class PretrainJob:
 
 
 def digits_moco_sparse() -> PretrainRecipe:
-    """A small Sparse-MLP on two views of the 8x8 digits, without their labels, in a minute and a half.
+    """A small Sparse-MLP on two views of the 8x8 digits, without their labels, in three minutes on one core.
+
+    kNN 95.5 % (seed 0, one core of an AMD EPYC, 2026-11-24).
 
     sparse-mlp pretrain digits_moco_sparse
     """
