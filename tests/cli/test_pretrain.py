@@ -83,6 +83,7 @@ def test_killed_and_resumed_equals_uninterrupted(launch: Callable[..., list[int]
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow  # three processes of a whole command each; gradients are compared in tests/tasks/test_moco.py
 def test_two_ranks_train_as_one(launch: Callable[..., list[int]], tmp_path: Path):
     """Without noise, which every rank draws for itself."""
     losses = {}
@@ -96,6 +97,13 @@ def test_two_ranks_train_as_one(launch: Callable[..., list[int]], tmp_path: Path
         losses[ranks].append(scores["knn_top1"])
         assert scores["images"] == 599
     assert losses[2] == pytest.approx(losses[1], abs=4e-3)  # two of 599 images may tip over after six updates
+
+
+def test_without_a_knn_the_run_ends_as_well(tmp_path: Path, run: Run):
+    code, _, err = run("pretrain", *COMMAND, "--task.knn-images", "0", "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "knn_top1" not in lines(tmp_path / "run", "eval")[-1]
+    assert "Right and wrong" not in (tmp_path / "run/report.html").read_text()
 
 
 @pytest.mark.parametrize("opt", ["lars", "adamw"])

@@ -155,16 +155,16 @@ def read_run(run_dir: Path | str) -> Run:
     by_kind: dict[str, list[dict[str, Any]]] = {"train": [], "eval": [], "routing": [], "event": []}
     for line in lines:
         by_kind.setdefault(line["kind"], []).append(line)
-    environment = path / "environment.json"
+    config, environment = _read_json(path / "config.json"), path / "environment.json"
     return Run(
         path=path,
-        config=_read_json(path / "config.json"),
+        config=config,
         environment=_read_json(environment) if environment.is_file() else {},
         train=_series(by_kind["train"], _TRAIN),
         evals=_series(_final_weights_only(by_kind["eval"]), _EVAL),
         routing=_routing(by_kind["routing"], path / "metrics.jsonl"),
         events=by_kind["event"],
-        predictions=_read_predictions(path / "predictions.npz", notes),
+        predictions=_read_predictions(path / "predictions.npz", notes, pretraining="views" in config),
         classes=_read_classes(path / "inputs.json"),
         parameters=_count_parameters(path),
         notes=notes,
@@ -263,13 +263,13 @@ def _routing(lines: list[dict[str, Any]], path: Path) -> dict[str, Routing]:
     return layers
 
 
-def _read_predictions(path: Path, notes: list[str]) -> Predictions | None:
+def _read_predictions(path: Path, notes: list[str], pretraining: bool) -> Predictions | None:
     if not path.is_file():
         notes.append("There is no final evaluation yet (predictions.npz), so nothing is shown per class.")
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if "logits" not in archive:  # pre-training without a kNN
+            if pretraining and "logits" not in archive:  # without a kNN
                 return None
             index, target, logits = (archive[name] for name in ("index", "target", "logits"))
     except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
