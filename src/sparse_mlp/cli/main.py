@@ -13,6 +13,10 @@ COMMANDS = {
     "train": "train a model by a recipe, into a run folder with metrics, checkpoints and a report",
     "pretrain": "pre-train a backbone by MoCo v3, without labels",
     "compare": "train several recipes one after the other and set their results side by side",
+    "probe": "measure pre-trained features: linear probe and nearest neighbours",
+    "finetune": "train a pre-trained model further, also on a share of the labels",
+    "transfer": "fine-tune a pre-trained model on CIFAR-10 or CIFAR-100 by the published recipe",
+    "export-backbone": "write a run's backbone as a file that plain timm loads",
     "eval": "measure the accuracy of a run or of any model on a data set",
     "predict": "classify image files with a trained run",
     "report": "write the report of a run anew",
@@ -29,7 +33,7 @@ _HELP = f"""usage: sparse-mlp COMMAND ...
 All-MLP vision models with conditional computation: train, measure and look into them.
 
 commands:
-{chr(10).join(f"  {name:16} {what}" for name, what in COMMANDS.items())}
+{chr(10).join(f"  {name:17} {what}" for name, what in COMMANDS.items())}
 
 Each command explains itself: sparse-mlp COMMAND --help
 To begin: sparse-mlp compare digits_sparse digits_mixer"""

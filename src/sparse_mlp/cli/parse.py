@@ -7,6 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import tyro
@@ -36,6 +37,18 @@ def split_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words before the first option, and the rest."""
     count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     return list(arguments[:count]), list(arguments[count:])
+
+
+def option(options: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE` before anything is parsed, for what other defaults depend on.
+
+    ValueError if it is given twice.
+    """
+    found = [word.removeprefix(f"--{name}=") for word in options if word.startswith(f"--{name}=")]
+    found += [after for word, after in pairwise(options) if word == f"--{name}"]
+    if len(found) > 1:
+        raise ValueError(f"--{name} takes one value, not {len(found)} ({', '.join(found)})")
+    return found[0] if found and not found[0].startswith("--") else None
 
 
 def _one_line(box: str, prog: str) -> str:

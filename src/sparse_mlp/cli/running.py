@@ -31,11 +31,12 @@ def train(
     resume: bool = False,
     build: Callable[[Any], Any] = recipes.build,
     finish: Callable[[RunFolder, Any, ImageData, Evaluation], None] | None = None,
-) -> None:
+) -> Path:
     """Run a recipe in a folder to its end: metrics, checkpoints, predictions, weights and report. Collective.
 
     `build` makes data, task and loaders of the recipe; `finish` is called on one rank with the last evaluation. Without
-    a folder a new one under runs/ is taken. FileExistsError if a new run would go into the folder of another.
+    a folder a new one under runs/ is taken; which one is returned. FileExistsError if a new run would go into the
+    folder of another.
     """
     with distributed.join(recipe.train.device) as device:
         # Decided by one rank: the others may look when it has made the folder already.
@@ -58,6 +59,7 @@ def train(
             recipes.save_inputs(run.path, job.data.spec)
         result = trainer.fit(resume=resume)
         distributed.on_main(lambda: (finish or _finish)(run, recipe, job.data, result))
+        return run.path
 
 
 def check_resume(folder: Path, stored: Any, asked: Any) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from sparse_mlp import recipes
-from sparse_mlp.cli.parse import parse, split_names
+from sparse_mlp.cli.parse import option, parse, split_names
 from sparse_mlp.cli.running import check_resume, train
 from sparse_mlp.recipes import Recipe
 
@@ -78,8 +77,5 @@ def join_model_arguments(recipe: R, default: R) -> R:
 
 def resumed_folder(options: list[str]) -> Path | None:
     """The folder of --resume, which has to be known before the other options have their defaults."""
-    found = [word.removeprefix("--resume=") for word in options if word.startswith("--resume=")]
-    found += [after for word, after in pairwise(options) if word == "--resume"]
-    if len(found) > 1:
-        raise ValueError(f"--resume takes one run folder, not {len(found)} ({', '.join(found)})")
-    return Path(found[0]) if found and not found[0].startswith("--") else None
+    named = option(options, "resume")
+    return None if named is None else Path(named)

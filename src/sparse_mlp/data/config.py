@@ -43,6 +43,13 @@ class DataConfig:
     """Share of each class that becomes the test set, where a folder has no train/ and val/ subfolders of its own.
     Left out: 0.2."""
 
+    label_share: float | None = None
+    """Train on this share of each class's images only, 0.01 or 0.1 for instance (semi-supervised learning). The images
+    are drawn with label_seed, the same whatever the seed of the run. Left out: all."""
+
+    label_seed: int = 0
+    """Which images label_share draws."""
+
     download: bool = False
     """Fetch the set from its public address where it is not in the folder (cifar10, cifar100 and some timm sets)."""
 

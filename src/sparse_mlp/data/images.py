@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,6 +50,11 @@ class ArrayImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def subset(self, indices: np.ndarray) -> ArrayImages:
+        """Only the images at `indices`, numbered anew."""
+        images, labels = self.images.numpy()[indices], self.labels.numpy()[indices]
+        return ArrayImages(images, labels, self.image_size, self.mean, self.std, self.augment)
 
     def batch(self, indices: Sequence[int] | np.ndarray, epoch: tuple[int, int] | None = None) -> Batch:
         index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
@@ -100,6 +106,13 @@ class FileImages:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def subset(self, indices: np.ndarray) -> FileImages:
+        """Only the images at `indices`, numbered anew; for a source that lists its `samples`."""
+        source = copy.copy(self.source)
+        source.samples = [self.source.samples[i] for i in indices]
+        channels = next(number for number, mode in MODES.items() if mode == self.mode)
+        return FileImages(source, self.train_transform, self.eval_transform, channels, self.skip_bad)
 
     @property
     def bad_images(self) -> list[int]:

@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +120,40 @@ def build_datasets(data: DataConfig, augment: AugmentConfig) -> ImageData:
         raise ValueError(
             f"data.num_classes is {data.num_classes}, but {data.name} has {len(built.spec.classes)} classes"
         )
-    return built
+    if data.label_share is None:
+        return built
+    return replace(built, train=_labelled_share(built.train, data, built.classes))
+
+
+def _labelled_share(train: Any, data: DataConfig, classes: Sequence[str]) -> ArrayImages | FileImages:
+    """A class-balanced part of a training set. ValueError for a share out of range or one that empties a class."""
+    assert data.label_share is not None
+    if not 0 < data.label_share <= 1:
+        raise ValueError(f"data.label_share {data.label_share} is not in (0, 1]")
+    labels = train.labels.numpy() if isinstance(train, ArrayImages) else np.array([n for _, n in train.source.samples])
+    generator = np.random.default_rng(data.label_seed)
+    chosen = []
+    for number, name in enumerate(classes):
+        own = np.flatnonzero(labels == number)
+        count = round(data.label_share * len(own))
+        if count == 0:
+            raise ValueError(
+                f"data.label_share {data.label_share} leaves class {name} without an image: it has {len(own)}"
+            )
+        chosen.append(generator.permutation(own)[:count])
+    return train.subset(np.sort(np.concatenate(chosen)))
 
 
 def _check_used(data: DataConfig) -> None:
     """ValueError for an option that the named set would ignore."""
     kind = data.name.lower().split("/")[0] + "/" if "/" in data.name else data.name
     timm_kinds = tuple(TIMM_PREFIXES)
+    if data.label_seed and data.label_share is None:
+        raise ValueError(f"data.label_seed {data.label_seed} would be ignored: data.label_share is not set")
     users = {
         "on_bad_image": ("folder", "torch/"),
         "test_share": ("folder",),
+        "label_share": SETS,
         "download": ("cifar10", "cifar100", *timm_kinds),
         "train_split": timm_kinds,
         "test_split": timm_kinds,

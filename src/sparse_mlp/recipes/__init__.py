@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from sparse_mlp.recipes import as_mlp, cifar, cycle_mlp, digits, hire_mlp, imagenet
+from sparse_mlp.recipes import as_mlp, cifar, cycle_mlp, digits, finetune, hire_mlp, imagenet, transfer
 from sparse_mlp.recipes.build import Job, build, build_model, check_model_name, load_model, load_weights
 from sparse_mlp.recipes.recipe import ModelConfig, Recipe, differences, from_json, to_json
-from sparse_mlp.recipes.store import load, load_inputs, save_inputs
+from sparse_mlp.recipes.store import load, load_data_config, load_inputs, load_model_config, save_inputs
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     function.__name__: function
@@ -39,6 +39,11 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         hire_mlp.imagenet_hire_mlp_small,
         hire_mlp.imagenet_hire_mlp_base,
         hire_mlp.imagenet_hire_mlp_large,
+        finetune.linear_probe,
+        finetune.finetune_deit,
+        transfer.transfer_cifar10,
+        transfer.transfer_cifar100,
+        transfer.transfer_cifar100_fifth,
     )
 }
 
@@ -65,8 +70,10 @@ __all__ = [
     "from_json",
     "get",
     "load",
+    "load_data_config",
     "load_inputs",
     "load_model",
+    "load_model_config",
     "load_weights",
     "save_inputs",
     "to_json",

@@ -21,7 +21,7 @@ from sparse_mlp.data import ImageData, InputSpec, build_datasets, eval_loader, s
 from sparse_mlp.engine import Loaders, RunFolder
 from sparse_mlp.models import registered_names
 from sparse_mlp.recipes.recipe import ModelConfig, Recipe
-from sparse_mlp.tasks.classify import Classify
+from sparse_mlp.tasks import Classify, Probe
 
 _FROM_DATA = ("img_size", "in_chans", "num_classes")
 _SHARES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
@@ -45,7 +45,9 @@ def build(recipe: Recipe) -> Job:
     per_epoch = steps_per_epoch(data, recipe.data)
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe.model, data.spec)
-    task = Classify(model, recipe.task, class_names=data.classes)
+    if recipe.task.frozen and recipe.train.compile:
+        raise ValueError("train.compile would be ignored: a frozen backbone only gives its features")
+    task = (Probe if recipe.task.frozen else Classify)(model, recipe.task, class_names=data.classes)
     loaders = Loaders(
         train=partial(train_loader, data, recipe.data, recipe.train.seed),
         evaluate=partial(eval_loader, data, recipe.data),

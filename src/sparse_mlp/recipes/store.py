@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TypeVar
 
-from sparse_mlp.data import InputSpec
+from sparse_mlp.data import DataConfig, InputSpec
 from sparse_mlp.engine import RunFolder
 from sparse_mlp.engine.run import write_json
-from sparse_mlp.recipes.recipe import Recipe, decode
+from sparse_mlp.recipes.recipe import ModelConfig, Recipe, decode
+
+T = TypeVar("T")
 
 
 def load(run_dir: str | Path) -> Recipe:
@@ -17,6 +20,26 @@ def load(run_dir: str | Path) -> Recipe:
     run = RunFolder.open(run_dir)
     try:
         return decode(Recipe, run.config())
+    except ValueError as error:
+        raise ValueError(f"{run.config_path}: {error}") from error
+
+
+def load_model_config(run_dir: str | Path) -> ModelConfig:
+    """Which model a run folder holds, whatever it was trained on: classes, no classes, or two views."""
+    return _section(ModelConfig, run_dir, "model")
+
+
+def load_data_config(run_dir: str | Path) -> DataConfig:
+    """Which images a run folder was trained on."""
+    return _section(DataConfig, run_dir, "data")
+
+
+def _section(kind: type[T], run_dir: str | Path, name: str) -> T:
+    run = RunFolder.open(run_dir)
+    try:
+        return decode(kind, run.config()[name], name)
+    except KeyError:
+        raise ValueError(f"{run.config_path} has no {name}: it is no run on images") from None
     except ValueError as error:
         raise ValueError(f"{run.config_path}: {error}") from error
 

@@ -1,5 +1,8 @@
 """What is learned: from a batch to a loss and metrics."""
 
 from sparse_mlp.tasks.classify import Classify, ClassifyConfig
+from sparse_mlp.tasks.features import extract_features
+from sparse_mlp.tasks.knn import weighted_knn
+from sparse_mlp.tasks.probe import Probe, knn_accuracy
 
-__all__ = ["Classify", "ClassifyConfig"]
+__all__ = ["Classify", "ClassifyConfig", "Probe", "extract_features", "knn_accuracy", "weighted_knn"]

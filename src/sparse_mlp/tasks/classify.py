@@ -27,6 +27,9 @@ class ClassifyConfig:
     smoothing: float = 0.0
     """Share of every target that is spread evenly over the classes."""
 
+    frozen: bool = False
+    """Train the classifier alone, on a backbone that stays as it is and in evaluation mode: a linear probe."""
+
 
 class Classify(Task):
     """A timm model that learns the classes of images.
@@ -41,12 +44,16 @@ class Classify(Task):
         *,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        """ValueError if the model's classes are not as many as `class_names`, or for an unknown loss."""
+        """ValueError if the model's classes are not as many as `class_names`, for one class, or for an unknown loss."""
         super().__init__()
         config = config or ClassifyConfig()
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
         if class_names is not None and len(class_names) != self.num_classes:
             raise ValueError(f"the model has {self.num_classes} classes, the data have {len(class_names)}")
+        if self.num_classes < 2:
+            raise ValueError(
+                f"there is nothing to tell apart: {', '.join(class_names or ()) or 'it'} is the only class"
+            )
         if not 0 <= config.smoothing < 1:
             raise ValueError(f"task.smoothing {config.smoothing} is not in [0, 1)")
         self.model, self.smoothing = model, config.smoothing
@@ -54,8 +61,10 @@ class Classify(Task):
         self.criterion = _criterion(config.loss)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        logits = self.model(batch["image"])
-        target = batch["target"]
+        return self.score(self.model(batch["image"]), batch["target"])
+
+    def score(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Loss and accuracy of logits (B, classes) against class numbers (B,) or shares (B, classes)."""
         loss = self.criterion(logits.float(), self._shares(target))
         best = target if target.ndim == 1 else target.argmax(dim=1)
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == best).float().mean()}

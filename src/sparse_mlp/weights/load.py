@@ -10,24 +10,26 @@ from typing import Any
 from timm.models import load_state_dict
 from torch import nn
 
+from sparse_mlp.weights.moco import from_moco
+
 
 def load(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
     """Put the weights of a file into `model`.
 
-    Reads safetensors, torch files (without executing code), Google's Mixer `.npz`, and the layouts that the model's
-    checkpoint filter knows. `new_head` keeps the model's own classifier where the file's has another shape. ValueError
+    Reads safetensors, torch files (without executing code), Google's Mixer `.npz`, the layouts that the model's
+    checkpoint filter knows, and MoCo v3's own checkpoints, of which the encoder is taken. `new_head` keeps the model's
+    own classifier, or its having none, where the file's is another. ValueError
     listing matched, missing and unexpected names if they do not fit; FileNotFoundError if there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}")
     own = model.state_dict()
     found = _read(model, path)
-    if new_head:
-        found |= {
-            name: own[name]
-            for name in _classifier(model)
-            if name in own and name in found and _differ(name, own, found)
-        }
+    for name in _classifier(model) if new_head else ():
+        if name not in own:
+            found.pop(name, None)
+        elif name not in found or _differ(name, own, found):
+            found[name] = own[name]
     matched = [name for name in own if name in found and not _differ(name, own, found)]
     problems = {
         "missing": [name for name in own if name not in found],
@@ -51,6 +53,7 @@ def _read(model: nn.Module, path: Path) -> dict[str, Any]:
     except Exception as error:
         reason = re.split(r"\. |\n", str(error) or type(error).__name__)[0]
         raise ValueError(f"{path} holds no weights that can be read: {reason}") from error
+    found = from_moco(found)
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return dict(adapt(found, model) if adapt else found)
 
