@@ -110,6 +110,22 @@ def fails(run: Run) -> Callable[..., str]:
         ("predict /no/such/run --top 0 x.png", "--top 0 must be at least 1"),
         ("convert /no/such/file out.safetensors --model cycle_mlp_b1", "no file /no/such/file"),
         ("rebuild-cifar10 /no/such/folder out", "expected /no/such/folder"),
+        ("probe", "which SOURCE?"),
+        ("probe /no/such/run", "no run folder and no file of weights /no/such/run"),
+        ("probe a b", "probe takes one SOURCE"),
+        ("finetune /no/such/run", "no run folder and no file of weights /no/such/run"),
+        ("finetune a digits_sprase", "nearest: digits_sparse"),
+        ("finetune a b c", "one recipe, not 3"),
+        ("transfer a", "SOURCE and a set"),
+        ("transfer a cifar_10", "no transfer to 'cifar_10'; nearest: cifar10"),
+        ("export-backbone /no/such/run out.safetensors", "/no/such/run is not a run folder"),
+        ("export-backbone a out.pth", "must end in .safetensors"),
+        ("train linear_probe --train.compile", "train.compile would be ignored"),
+        ("train linear_probe --optim.layer-decay 0.5 --augment.flip 0", "optim.layer_decay 0.5 would be ignored"),
+        ("train digits_sparse --data.label-share 0.001", "leaves class 0 without an image"),
+        ("headline rnu", "unknown action 'rnu' of headline; allowed are run, table; nearest: run"),
+        ("headline run supervisd", "unknown part 'supervisd'"),
+        ("headline table --out /no/such/folder", "no finished run of the headline experiment in /no/such/folder"),
     ],
 )
 def test_wrong_command_lines(
@@ -251,3 +267,48 @@ def test_evaluating_a_run_on_data_of_other_classes(fails: Callable[..., str], tr
 
 def test_options_of_a_model_on_a_run(fails: Callable[..., str], trained: Path):
     assert "for a MODEL" in fails("eval", trained, "--pretrained")
+
+
+def test_images_of_one_class(fails: Callable[..., str], images: Path, on_images: list[str]):
+    shutil.rmtree(images / "dog")
+    assert "cat is the only class" in fails(*on_images)
+
+
+def test_images_of_one_class_to_probe(fails: Callable[..., str], images: Path, trained: Path):
+    shutil.rmtree(images / "dog")
+    options = ["--data.name", "folder", "--data.root", images, "--data.image-size", "8", "--data.channels", "1"]
+    assert "of one class" in fails("probe", trained, "--kind", "knn", *options)
+    assert "cat is the only class" in fails("probe", trained, *options, "--data.batch-size", "8")
+
+
+def test_pretrained_weights_of_another_architecture(fails: Callable[..., str], trained: Path):
+    short = ["--model.args", "num_blocks=1", "embed_dim=16", "patch_size=4"]
+    message = fails("finetune", trained, "digits_sparse", "--model.name", "mixer_t4_32", *short)
+    assert "do not fit this model: 10 matched" in message and "unexpected (blocks" in message
+
+
+def test_pretrained_weights_for_images_that_no_patch_divides(fails: Callable[..., str], trained: Path):
+    assert "img_size 9 is not divisible by patch_size 4" in fails("probe", trained, "--data.image-size", "9")
+
+
+def test_another_number_of_classes_than_the_data_have(fails: Callable[..., str], trained: Path):
+    assert "data.num_classes is 7, but digits has 10 classes" in fails("probe", trained, "--data.num-classes", "7")
+
+
+def test_a_file_of_weights_does_not_say_enough(fails: Callable[..., str], trained: Path):
+    weights = trained / "model.safetensors"
+    assert "which model are the weights" in fails("probe", weights, "--data.name", "digits")
+    assert "on which images?" in fails("probe", weights, "--model.name", "sparse_mlp_t4_32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--kind knn --optim.lr 1", "--optim.lr would be ignored by --kind knn"),
+        ("--kind linear --k 3", "--k would be ignored by --kind linear"),
+        ("--kind knn --k 0", "at least one neighbour"),
+        ("--model.weights x", "do not go with SOURCE"),
+    ],
+)
+def test_options_that_do_not_go_with_a_probe(fails: Callable[..., str], trained: Path, options: str, message: str):
+    assert message in fails("probe", trained, *options.split())

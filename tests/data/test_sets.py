@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import MNIST
 
 from sparse_mlp.data import SETS, AugmentConfig, DataConfig, build_datasets, default_root, train_loader
@@ -126,3 +127,47 @@ def test_sets_can_go_to_worker_processes_by_spawn():
     data = build_datasets(DataConfig(), AugmentConfig(pad=1, erase=0.1, mixup=0.2))
     copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy.train.batch([3], (0, 0))["image"], data.train.batch([3], (0, 0))["image"])
+
+
+def test_a_share_of_the_labels_is_balanced_and_a_function_of_its_seed():
+    whole = build_datasets(DataConfig(), PLAIN).train
+    part, again, other = (
+        build_datasets(DataConfig(label_share=0.1, label_seed=seed), PLAIN).train for seed in (0, 0, 1)
+    )
+    counts = np.bincount(whole.labels, minlength=10)
+    assert np.bincount(part.labels, minlength=10).tolist() == [round(0.1 * count) for count in counts]
+    assert torch.equal(part.images, again.images) and not torch.equal(part.images, other.images)
+    known = {image.numpy().tobytes() for image in whole.images}
+    assert {image.numpy().tobytes() for image in part.images} <= known
+    assert part.batch([0])["image"].shape == (1, 1, 8, 8)
+
+
+def test_one_percent_of_cifar10_is_fifty_images_a_class(data_root: Path):
+    data = build_datasets(DataConfig(name="cifar10", root=str(data_root / "cifar10"), label_share=0.01), PLAIN)
+    assert np.bincount(data.train.labels).tolist() == [50] * 10 and len(data.test) == 10_000
+
+
+def test_a_share_of_a_folder(tmp_path: Path):
+    for name, count in (("cat", 10), ("dog", 20)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+    config = DataConfig(name="folder", root=str(tmp_path), image_size=8, test_share=0.5, label_share=0.4)
+    train = build_datasets(config, PLAIN).train
+    batch = train.batch(range(len(train)), (0, 0))
+    assert batch["target"].tolist() == [0] * 2 + [1] * 4 and batch["image"].shape == (6, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DataConfig(label_share=0.001), "leaves class 0 without an image: it has 119"),
+        (DataConfig(label_share=0.0), r"label_share 0.0 is not in \(0, 1\]"),
+        (DataConfig(label_share=1.5), r"label_share 1.5 is not in \(0, 1\]"),
+        (DataConfig(label_seed=1), "label_seed 1 would be ignored"),
+        (DataConfig(name="torch/cifar10", label_share=0.1), "label_share 0.1 would be ignored by torch/cifar10"),
+    ],
+)
+def test_shares_that_cannot_be(config: DataConfig, message: str):
+    with pytest.raises(ValueError, match=message):
+        build_datasets(config, PLAIN)

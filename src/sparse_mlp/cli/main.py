@@ -17,6 +17,7 @@ COMMANDS = {
     "finetune": "train a pre-trained model further, also on a share of the labels",
     "transfer": "fine-tune a pre-trained model on CIFAR-10 or CIFAR-100 by the published recipe",
     "export-backbone": "write a run's backbone as a file that plain timm loads",
+    "headline": "the headline experiment: Sparse-MLP against dense Mixers at equal compute",
     "eval": "measure the accuracy of a run or of any model on a data set",
     "predict": "classify image files with a trained run",
     "report": "write the report of a run anew",

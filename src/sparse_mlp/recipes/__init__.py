@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from sparse_mlp.recipes import as_mlp, cifar, cycle_mlp, digits, finetune, hire_mlp, imagenet, transfer
+from sparse_mlp.recipes import as_mlp, cifar, cycle_mlp, digits, finetune, headline, hire_mlp, imagenet, transfer
 from sparse_mlp.recipes.build import Job, build, build_model, check_model_name, load_model, load_weights
 from sparse_mlp.recipes.recipe import ModelConfig, Recipe, differences, from_json, to_json
 from sparse_mlp.recipes.store import load, load_data_config, load_inputs, load_model_config, save_inputs
@@ -39,6 +39,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         hire_mlp.imagenet_hire_mlp_small,
         hire_mlp.imagenet_hire_mlp_base,
         hire_mlp.imagenet_hire_mlp_large,
+        headline.headline_sparse,
+        headline.headline_mixer,
         finetune.linear_probe,
         finetune.finetune_deit,
         transfer.transfer_cifar10,

@@ -1,0 +1,138 @@
+"""The headline experiment: Sparse-MLP against dense Mixers on CIFAR-10, as a list of named runs.
+
+The paper's claim is that at equal compute the sparse model is ahead. Three models are compared:
+
+- `sparse`: the mixture of experts;
+- `mixer`: the dense Mixer with as many multiply-adds an image, hence as many steps;
+- `mixer_wide`: the dense Mixer with as many parameters. It costs more an image, so that it gets fewer steps.
+
+Lengths are in steps, never in minutes, and every run of a part spends the same multiply-adds in training, to 1 %
+(tests/recipes/test_headline.py counts them): a figure does not depend on what else the machine was doing. Everything is
+small, for two CPU cores: see docs/headline.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparse_mlp.data import AugmentConfig, DataConfig
+from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
+from sparse_mlp.recipes.recipe import ModelConfig, Recipe
+from sparse_mlp.tasks.classify import ClassifyConfig
+
+PARTS = ("supervised", "ablations")
+"""What `sparse-mlp headline run` takes."""
+
+DRAWN = ("supervised",)
+"""Of which there is a figure."""
+
+BATCH_SIZE = 128
+STEPS = 1950  # of sparse and mixer: 5 epochs of CIFAR-10
+ABLATION_STEPS = 780  # 2 epochs
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model, and how many steps it gets for one of `sparse`: the ratio of their multiply-adds."""
+
+    model: ModelConfig
+    steps: float = 1.0
+
+
+# Lists for tuples, as config.json gives them back.
+_SIZE: dict[str, Any] = {"num_blocks": 8, "mlp_ratio": [0.25, 1.0]}
+_MOE: dict[str, Any] = {"sparse_blocks": 4, "num_experts": [4, 4], "top_k": [1, 1], "rerepresent": False}
+
+
+def _sparse(**changed: Any) -> ModelConfig:
+    return ModelConfig("sparse_mlp_t4_32", {**_SIZE, **_MOE, **changed})
+
+
+CONTESTANTS = {
+    "sparse": Contestant(_sparse()),
+    "mixer": Contestant(ModelConfig("mixer_t4_32", {**_SIZE, "mlp_ratio": [0.25, 1.016]})),
+    "mixer_wide": Contestant(ModelConfig("mixer_t4_32", {**_SIZE, "mlp_ratio": [0.25, 2.7]}), 0.434),
+}
+
+# The paper's ablations (its tables 3 to 6), one change to `sparse` each; `sparse` itself stands among them.
+ABLATIONS = {
+    "sparse": CONTESTANTS["sparse"],
+    "token top-2": Contestant(_sparse(top_k=[2, 1]), 0.912),
+    "channel top-2": Contestant(_sparse(top_k=[1, 2]), 0.721),
+    "8 token experts": Contestant(_sparse(num_experts=[8, 4]), 0.994),
+    "16 token experts": Contestant(_sparse(num_experts=[16, 4]), 0.982),
+    "8 channel experts": Contestant(_sparse(num_experts=[4, 8]), 0.994),
+    "16 channel experts": Contestant(_sparse(num_experts=[4, 16]), 0.982),
+    "first four blocks": Contestant(_sparse(sparse_blocks=[0, 1, 2, 3])),
+    "last two blocks": Contestant(_sparse(sparse_blocks=2), 1.006),
+    "all blocks": Contestant(_sparse(sparse_blocks=8), 0.988),
+    "Re-represent": Contestant(_sparse(rerepresent=True, expert_hidden=[64, 64]), 0.596),
+    "balance weight 0.1": Contestant(_sparse(balance_weight=0.1)),
+    "no blocks (mixer)": CONTESTANTS["mixer"],
+}
+
+
+@dataclass(frozen=True)
+class NamedRun:
+    """One run of the experiment; its folder is `part/arm/seed<seed>`."""
+
+    part: str
+    arm: str
+    recipe: Recipe
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.train.seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.part}/{self.arm.replace(' ', '_')}/seed{self.seed}"
+
+
+def headline_runs(parts: tuple[str, ...] = PARTS, seeds: int = 3) -> Iterator[NamedRun]:
+    """The runs of some parts in the order to make them: all models with the first seed, then with the next.
+
+    ValueError for an unknown part.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"unknown part {unknown[0]!r} of the headline experiment; known: {', '.join(PARTS)}")
+    if "supervised" in parts:
+        for seed in range(seeds):
+            for arm, contestant in CONTESTANTS.items():
+                yield NamedRun("supervised", arm, _supervised(contestant.model, round(STEPS * contestant.steps), seed))
+    if "ablations" in parts:
+        for arm, contestant in ABLATIONS.items():
+            steps = round(ABLATION_STEPS * contestant.steps)
+            yield NamedRun("ablations", arm, _supervised(contestant.model, steps, seed=0))
+
+
+def _supervised(model: ModelConfig, steps: int, seed: int) -> Recipe:
+    return Recipe(
+        name="headline",
+        model=model,
+        data=DataConfig(name="cifar10", batch_size=BATCH_SIZE, download=True),
+        augment=AugmentConfig(pad=4, flip=0.5),
+        task=ClassifyConfig(smoothing=0.1),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05),
+        schedule=ScheduleConfig(warmup_steps=100),
+        train=TrainConfig(steps=steps, seed=seed, clip_grad=1.0, log_every=25, eval_every=195, save_every=100, keep=1),
+    )
+
+
+def headline_sparse() -> Recipe:
+    """The Sparse-MLP of the headline experiment, supervised: 5 epochs of CIFAR-10 (docs/headline.md).
+
+    sparse-mlp train headline_sparse
+    """
+    return replace(_supervised(CONTESTANTS["sparse"].model, STEPS, seed=0), name="headline_sparse")
+
+
+def headline_mixer() -> Recipe:
+    """The dense Mixer with as many multiply-adds as headline_sparse, trained alike.
+
+    sparse-mlp train headline_mixer
+    """
+    return replace(_supervised(CONTESTANTS["mixer"].model, STEPS, seed=0), name="headline_mixer")
