@@ -81,6 +81,15 @@ def _run(program: str, spec: dict[str, Any], environment: dict[str, str], stderr
 
 
 @pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the real data sets; tests that need it are skipped where it is not told."""
+    root = os.environ.get("SPARSE_MLP_DATA")
+    if not root:
+        pytest.skip("SPARSE_MLP_DATA is not set: no real images to test on")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
 def naive_moe() -> Callable[[MoeMlp, Tensor], Tensor]:
     """A mixture of experts in its plainest form, a loop per item without noise, to hold the fast ones against."""
 

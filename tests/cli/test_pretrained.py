@@ -100,11 +100,10 @@ def test_finetune_by_deits_recipe_from_a_file_with_other_classes(run: Run, bare:
     assert not same(backbone(tmp_path / "run" / "model.safetensors"), torch.load(bare)), "all of it is trained"
 
 
-def test_finetune_by_another_recipe_on_a_tenth_of_the_labels(run: Run, trained: Path, tiny: list[str], tmp_path: Path):
-    options = ["--data.label-share", "0.1", "--data.batch-size", "32", "--train.epochs", "2"]
-    code, _, err = run(
-        "finetune", trained, "digits_sparse", *options, "--schedule.warmup-epochs", "0", "--out", tmp_path
-    )
+def test_finetune_by_another_recipe_on_a_tenth_of_the_labels(run: Run, trained: Path, tmp_path: Path):
+    length = ["--train.epochs", "2", "--schedule.warmup-epochs", "0"]
+    options = ["--data.label-share", "0.1", "--data.batch-size", "32", *length]
+    code, _, err = run("finetune", trained, "digits_sparse", *options, "--out", tmp_path)
     assert code == 0, err
     recipe = recipes.load(tmp_path)
     assert recipe.model.args == recipes.load(trained).model.args, "not those of the recipe"
@@ -113,7 +112,7 @@ def test_finetune_by_another_recipe_on_a_tenth_of_the_labels(run: Run, trained: 
 
 
 @pytest.mark.slow  # 2,000 images through a tiny model, and reading CIFAR-100: about 8 s
-def test_transfer_to_a_fifth_of_cifar100(run: Run, tiny: list[str], tmp_path: Path, data_root: Path):
+def test_transfer_to_a_fifth_of_cifar100(run: Run, tmp_path: Path, data_root: Path):
     source = tmp_path / "pretrained"
     model = ["--model.name", "mixer_t4_32", "--model.args", "num_blocks=1", "embed_dim=16"]
     short = ["--train.epochs", "None", "--train.steps", "2", "--schedule.warmup-epochs", "None"]
@@ -135,9 +134,7 @@ def test_export_is_loaded_by_plain_timm(run: Run, trained: Path, tmp_path: Path)
     assert len(calls) == 2
     model, with_head = (eval(call, {"timm": timm}) for call in calls)
     assert same(dict(model.state_dict()), backbone(trained / "model.safetensors"))
-    assert same(
-        {k: v for k, v in with_head.state_dict().items() if not k.startswith("head.")}, dict(model.state_dict())
-    )
+    assert all(torch.equal(with_head.state_dict()[name], value) for name, value in model.state_dict().items())
     assert with_head.num_classes == 10 and model(torch.zeros(1, 1, 8, 8)).shape == (1, 16)
     with safe_open(target, "pt") as file:
         stored = file.metadata()

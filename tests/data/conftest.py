@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +8,6 @@ import pytest
 from PIL import Image
 
 MakeFolder = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def data_root() -> Path:
-    """Folder of the real data sets; tests that need it are skipped where it is not told."""
-    root = os.environ.get("SPARSE_MLP_DATA")
-    if not root:
-        pytest.skip("SPARSE_MLP_DATA is not set: no real images to test on")
-    return Path(root)
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_a_backbone_that_changed_is_noticed():
 
 
 def test_options_that_a_probe_would_ignore():
-    with pytest.raises(ValueError, match="layer_decay 0.5 would be ignored"):
+    with pytest.raises(ValueError, match=r"layer_decay 0\.5 would be ignored"):
         Probe(build("sparse")).param_groups(0.0, 0.5)
     with pytest.raises(ValueError, match="needs one linear layer"):
         Probe(_without_linear_head())
