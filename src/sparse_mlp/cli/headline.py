@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from sparse_mlp import distributed, recipes
+from sparse_mlp.cli import pretrain
 from sparse_mlp.cli.parse import parse, split_names
+from sparse_mlp.cli.probe import measure_knn
 from sparse_mlp.cli.running import check_resume, is_finished, train
 from sparse_mlp.cli.showing import console, count_macs
-from sparse_mlp.recipes.headline import DRAWN, PARTS, headline_runs
+from sparse_mlp.recipes.headline import PARTS, NamedRun, headline_runs
+from sparse_mlp.recipes.pretrain import PretrainRecipe, build_pretraining, load_pretraining
 from sparse_mlp.report import Arm, read_run, save_png, study_figure, study_table
 
 _HELP = f"""usage: sparse-mlp headline ACTION ...
@@ -23,6 +28,19 @@ The headline experiment on CIFAR-10: Sparse-MLP against dense Mixers of equal mu
 
 PART is one of {", ".join(PARTS)}; left out: all of them, in this order.
 """
+
+_HEADINGS = {
+    "supervised": "CIFAR-10, supervised from scratch",
+    "linear": "CIFAR-10, MoCo v3, then a linear probe",
+    "knn": "CIFAR-10, MoCo v3, then the 20 nearest neighbours",
+    "finetune": "CIFAR-10, MoCo v3, then fine-tuned",
+    "transfer": "A class-balanced fifth of CIFAR-100, MoCo v3 on CIFAR-10, then fine-tuned",
+    "ablations": "CIFAR-10, one change to the sparse model at a time",
+}
+
+# Forward passes an image costs in a step, the backward pass two: two views of the online encoder with a backward pass
+# and two of the momentum encoder without; a frozen backbone one; the kNN none that is training.
+_PASSES = {"pretrain": 2 * (3 + 1), "linear": 1.0, "knn": 0.0}
 
 _HEAD = """<!-- Written by `sparse-mlp headline table`: not by hand. -->
 
@@ -69,27 +87,46 @@ def _run(arguments: list[str]) -> None:
         folder = given.out / planned.name
         if is_finished(folder):
             progress.print(f"{folder}: finished before", markup=False, soft_wrap=True)
-            continue
-        begun = (folder / "config.json").is_file()
-        if begun:
-            check_resume(folder, recipes.load(folder), planned.recipe)
-        progress.print(f"{folder}: {'going on' if begun else 'training'}", markup=False, soft_wrap=True)
-        train(planned.recipe, folder, resume=begun)
+        else:
+            begun = (folder / "config.json").is_file()
+            progress.print(f"{folder}: {'going on' if begun else 'training'}", markup=False, soft_wrap=True)
+            _make(planned, given.out, resume=begun)
+        if planned.part == "linear" and not (folder / "knn.json").is_file():
+            with distributed.join() as device:
+                distributed.on_main(partial(measure_knn, recipes.load(folder), device, out=folder))
+
+
+def _make(planned: NamedRun, out: Path, *, resume: bool) -> None:
+    """One run, from its beginning or from its newest checkpoint to its end."""
+    folder, recipe = out / planned.name, planned.recipe
+    if isinstance(recipe, PretrainRecipe):
+        if resume:
+            check_resume(folder, load_pretraining(folder), recipe)
+        train(recipe, folder, resume=resume, build=build_pretraining, finish=pretrain.finish)
+        return
+    if planned.source is not None:
+        source = out / planned.source
+        if not is_finished(source):
+            raise FileNotFoundError(f"{planned.name} begins with {source}, which is not finished: run pretrain first")
+        recipe = replace(recipe, model=replace(recipe.model, weights=str(source.resolve())))
+    if resume:
+        check_resume(folder, recipes.load(folder), recipe)
+    train(recipe, folder, resume=resume)
 
 
 def _table(arguments: list[str]) -> None:
     given = parse(TableArguments, arguments, prog="headline table", description=_HELP, default=TableArguments())
     target = given.to or given.out
     written, sections = [], []
-    for part in PARTS:
+    for part, heading in _HEADINGS.items():
         arms, planned = _arms(part, given.out)
         if not any(arm.runs for arm in arms):
             continue
         target.mkdir(parents=True, exist_ok=True)
-        sections.append(f"## {part.capitalize()}\n\n{study_table(arms, planned)}")
-        if part in DRAWN:
+        sections.append(f"## {heading}\n\n{study_table(arms, planned)}")
+        if part == "supervised":
             written.append(target / f"{part}.png")
-            save_png(study_figure(arms, f"CIFAR-10, {part}: test accuracy at equal compute"), written[-1])
+            save_png(study_figure(arms, "CIFAR-10 from scratch: test accuracy at equal compute"), written[-1])
     if not sections:
         raise FileNotFoundError(f"there is no finished run of the headline experiment in {given.out}")
     page = target / "results.md"
@@ -100,17 +137,23 @@ def _table(arguments: list[str]) -> None:
 
 def _arms(part: str, out: Path) -> tuple[list[Arm], int]:
     """The models of a part with their finished runs, and how many runs each was to have."""
-    planned: dict[str, list[Path]] = {}
-    macs: dict[str, int] = {}
-    for entry in headline_runs((part,)):
-        folder = out / entry.name
-        finished = planned.setdefault(entry.arm, [])
-        if is_finished(folder):
-            finished.append(folder)
-            macs.setdefault(entry.arm, _macs(folder))
-    seeds = max(len({entry.seed for entry in headline_runs((part,))}), 1)
-    arms = [Arm(name, macs.get(name, 0), [read_run(folder) for folder in found]) for name, found in planned.items()]
-    return arms, seeds
+    runs = list(headline_runs(("linear" if part == "knn" else part,)))
+    arms = []
+    for name in dict.fromkeys(entry.arm for entry in runs):
+        mine = [entry for entry in runs if entry.arm == name and is_finished(out / entry.name)]
+        if part == "knn":
+            mine = [entry for entry in mine if (out / entry.name / "knn.json").is_file()]
+        found = [read_run(out / entry.name) for entry in mine]
+        if not found:
+            arms.append(Arm(name, 0, []))
+            continue
+        macs = _macs(found[0].path)
+        before = 0.0
+        if mine[0].source is not None:
+            before = Arm(name, macs, [read_run(out / mine[0].source)], passes=_PASSES["pretrain"]).spent
+        scores = [json.loads((run.path / "knn.json").read_text())["top1"] for run in found] if part == "knn" else []
+        arms.append(Arm(name, macs, found, scores, passes=_PASSES.get(part, 3.0), before=before))
+    return arms, len({entry.seed for entry in runs})
 
 
 def _macs(folder: Path) -> int:

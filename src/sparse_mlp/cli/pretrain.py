@@ -77,11 +77,12 @@ def run(arguments: list[str]) -> int:
         if given.out is not None:
             raise ValueError(f"--out {given.out} would be ignored: --resume goes on in {resumed}")
         check_resume(resumed, stored, recipe)
-    train(recipe, resumed or given.out, resume=resumed is not None, build=build_pretraining, finish=_finish)
+    train(recipe, resumed or given.out, resume=resumed is not None, build=build_pretraining, finish=finish)
     return 0
 
 
-def _finish(run: RunFolder, recipe: PretrainRecipe, data: ImageData, result: Evaluation) -> None:
+def finish(run: RunFolder, recipe: PretrainRecipe, data: ImageData, result: Evaluation) -> None:
+    """What a finished run of pre-training leaves: weights, predictions, report."""
     save_results(run, data, result)
     write_report(run.path, recipe)
     told = ", ".join(f"{name} {value:.2%}" for name, value in result.metrics.items() if name.startswith("knn_"))

@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
 
 
 def measure_knn(
-    recipe: Recipe, device: torch.device, *, k: int, temperature: float, out: Path | None
+    recipe: Recipe, device: torch.device, *, k: int = 20, temperature: float = 0.07, out: Path | None = None
 ) -> dict[str, float]:
     """Accuracy of the nearest neighbours in the recipe's data with its weights, also as `knn.json` in `out`."""
     data = build_datasets(recipe.data, AugmentConfig())

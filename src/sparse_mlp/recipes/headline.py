@@ -13,24 +13,28 @@ small, for two CPU cores: see docs/headline.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparse_mlp.data import AugmentConfig, DataConfig
+from sparse_mlp.data import AugmentConfig, DataConfig, ViewsConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
+from sparse_mlp.recipes.finetune import linear_probe
+from sparse_mlp.recipes.pretrain import PretrainRecipe, resolve
 from sparse_mlp.recipes.recipe import ModelConfig, Recipe
 from sparse_mlp.tasks.classify import ClassifyConfig
+from sparse_mlp.tasks.moco import MocoConfig
 
-PARTS = ("supervised", "ablations")
-"""What `sparse-mlp headline run` takes."""
-
-DRAWN = ("supervised",)
-"""Of which there is a figure."""
+PARTS = ("supervised", "pretrain", "linear", "finetune", "transfer", "ablations")
+"""What `sparse-mlp headline run` takes: from scratch; MoCo v3 and what its features are worth; one change at a time."""
 
 BATCH_SIZE = 128
 STEPS = 1950  # of sparse and mixer: 5 epochs of CIFAR-10
 ABLATION_STEPS = 780  # 2 epochs
+PRETRAIN_BATCH_SIZE, PRETRAIN_STEPS = 256, 585  # 3 epochs, two views of each image
+LINEAR_STEPS = 1950  # 5 epochs, the same for every model: a measure, no budget
+FINETUNE_STEPS = 780  # 2 epochs
+TRANSFER_STEPS = 780  # 10 epochs of a fifth of CIFAR-100
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,9 @@ class NamedRun:
 
     part: str
     arm: str
-    recipe: Recipe
+    recipe: Recipe | PretrainRecipe
+    source: str | None = None
+    """Name of the run whose weights it begins with."""
 
     @property
     def seed(self) -> int:
@@ -99,27 +105,76 @@ def headline_runs(parts: tuple[str, ...] = PARTS, seeds: int = 3) -> Iterator[Na
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise ValueError(f"unknown part {unknown[0]!r} of the headline experiment; known: {', '.join(PARTS)}")
-    if "supervised" in parts:
+    for part in (part for part in PARTS if part in parts and part != "ablations"):
         for seed in range(seeds):
             for arm, contestant in CONTESTANTS.items():
-                yield NamedRun("supervised", arm, _supervised(contestant.model, round(STEPS * contestant.steps), seed))
+                source = f"pretrain/{arm}/seed{seed}" if part in ("linear", "finetune", "transfer") else None
+                yield NamedRun(part, arm, _RECIPES[part](contestant, seed), source)
     if "ablations" in parts:
         for arm, contestant in ABLATIONS.items():
-            steps = round(ABLATION_STEPS * contestant.steps)
-            yield NamedRun("ablations", arm, _supervised(contestant.model, steps, seed=0))
+            yield NamedRun("ablations", arm, _supervised(contestant, seed=0, steps=ABLATION_STEPS))
 
 
-def _supervised(model: ModelConfig, steps: int, seed: int) -> Recipe:
+def _supervised(contestant: Contestant, seed: int, steps: int = STEPS) -> Recipe:
     return Recipe(
         name="headline",
-        model=model,
+        model=contestant.model,
         data=DataConfig(name="cifar10", batch_size=BATCH_SIZE, download=True),
         augment=AugmentConfig(pad=4, flip=0.5),
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_steps=100),
-        train=TrainConfig(steps=steps, seed=seed, clip_grad=1.0, log_every=25, eval_every=195, save_every=100, keep=1),
+        train=_training(round(steps * contestant.steps), seed),
     )
+
+
+def _pretrain(contestant: Contestant, seed: int) -> PretrainRecipe:
+    return resolve(
+        PretrainRecipe(
+            name="headline",
+            model=contestant.model,
+            data=DataConfig(name="cifar10", batch_size=PRETRAIN_BATCH_SIZE, download=True),
+            views=ViewsConfig(blur=(0.0, 0.0)),  # none on 32 pixels, as SimCLR (arXiv 2002.05709, appendix B.9)
+            task=MocoConfig(hidden_dim=512, out_dim=128, knn_images=5000),
+            optim=OptimConfig(lr=1e-3, weight_decay=0.1),
+            schedule=ScheduleConfig(warmup_steps=50),
+            train=_training(round(PRETRAIN_STEPS * contestant.steps), seed),
+        )
+    )
+
+
+def _linear(contestant: Contestant, seed: int) -> Recipe:
+    published = linear_probe()
+    return replace(
+        published,
+        name="headline",
+        model=contestant.model,
+        data=DataConfig(name="cifar10", batch_size=BATCH_SIZE, download=True),
+        optim=replace(published.optim, lr=published.optim.lr * BATCH_SIZE / published.data.batch_size),
+        train=replace(_training(LINEAR_STEPS, seed), clip_grad=None),
+    )
+
+
+def _finetune(contestant: Contestant, seed: int) -> Recipe:
+    return _supervised(contestant, seed, FINETUNE_STEPS)
+
+
+def _transfer(contestant: Contestant, seed: int) -> Recipe:
+    recipe = _supervised(contestant, seed, TRANSFER_STEPS)
+    return replace(recipe, data=DataConfig(name="cifar100_fifth", batch_size=BATCH_SIZE))
+
+
+def _training(steps: int, seed: int) -> TrainConfig:
+    return TrainConfig(steps=steps, seed=seed, clip_grad=1.0, log_every=25, eval_every=195, save_every=100, keep=1)
+
+
+_RECIPES: dict[str, Callable[[Contestant, int], Recipe | PretrainRecipe]] = {
+    "supervised": _supervised,
+    "pretrain": _pretrain,
+    "linear": _linear,
+    "finetune": _finetune,
+    "transfer": _transfer,
+}
 
 
 def headline_sparse() -> Recipe:
@@ -127,7 +182,7 @@ def headline_sparse() -> Recipe:
 
     sparse-mlp train headline_sparse
     """
-    return replace(_supervised(CONTESTANTS["sparse"].model, STEPS, seed=0), name="headline_sparse")
+    return replace(_supervised(CONTESTANTS["sparse"], seed=0), name="headline_sparse")
 
 
 def headline_mixer() -> Recipe:
@@ -135,4 +190,4 @@ def headline_mixer() -> Recipe:
 
     sparse-mlp train headline_mixer
     """
-    return replace(_supervised(CONTESTANTS["mixer"].model, STEPS, seed=0), name="headline_mixer")
+    return replace(_supervised(CONTESTANTS["mixer"], seed=0), name="headline_mixer")
