@@ -15,7 +15,7 @@ from sparse_mlp.cli.running import train
 from sparse_mlp.recipes import Recipe
 
 _RECIPE = "finetune_deit"
-_DESCRIPTION = f"""Train a pre-trained model further, all of it, with a new classifier where the classes are others.
+_DESCRIPTION = f"""Train a pre-trained model further, all of it, with a new classifier where their number is another.
 
     sparse-mlp finetune SOURCE [RECIPE] [--out DIR] [--any.field VALUE ...]
 

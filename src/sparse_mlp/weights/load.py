@@ -18,8 +18,8 @@ def load(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
 
     Reads safetensors, torch files (without executing code), Google's Mixer `.npz`, the layouts that the model's
     checkpoint filter knows, and MoCo v3's own checkpoints, of which the encoder is taken. `new_head` keeps the model's
-    own classifier, or its having none, where the file's is another. ValueError
-    listing matched, missing and unexpected names if they do not fit; FileNotFoundError if there is no such file.
+    own classifier, or its having none, where the file's is another. ValueError listing matched, missing and unexpected
+    names if they do not fit; FileNotFoundError if there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}")
