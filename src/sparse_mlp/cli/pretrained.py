@@ -34,7 +34,7 @@ def recipe_from(
     default = _begin_with(source, recipe, options, own_data) if source else recipe
     given = parse(kind, options, prog=prog, description=description, default=kind(recipe=default))
     if not source:
-        raise ValueError(f"which SOURCE? {prog} begins with a run folder or a file of weights (see sparse-mlp {prog} --help)")
+        raise ValueError(f"which SOURCE? {prog} takes a run folder or a file of weights")
     if given.recipe.model.weights != default.model.weights or given.recipe.model.pretrained:
         raise ValueError(f"--model.weights and --model.pretrained do not go with SOURCE {source}, which has its own")
     made = join_model_arguments(given.recipe, default)
