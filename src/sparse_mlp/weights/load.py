@@ -25,12 +25,14 @@ def load(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
         raise FileNotFoundError(f"there is no file of weights {path}")
     own = model.state_dict()
     found = _read(model, path)
+    kept = set()
     for name in _classifier(model) if new_head else ():
         if name not in own:
             found.pop(name, None)
         elif name not in found or _differ(name, own, found):
             found[name] = own[name]
-    matched = [name for name in own if name in found and not _differ(name, own, found)]
+            kept.add(name)
+    matched = [name for name in own if name in found and name not in kept and not _differ(name, own, found)]
     problems = {
         "missing": [name for name in own if name not in found],
         "unexpected": [name for name in found if name not in own],
