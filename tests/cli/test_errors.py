@@ -58,7 +58,7 @@ def fails(run: Run) -> Callable[..., str]:
         ("train digits_sparse --augment.auto-augment rand", "colour"),
         ("train digits_sparse --model.weights /no/such/file", "no file of weights /no/such/file"),
         ("train --resume /no/such/run", "/no/such/run is not a run folder"),
-        ("train --resume one --resume two", "--resume takes one run folder, not 2 (one, two)"),
+        ("train --resume one --resume two", "--resume takes one value, not 2 (one, two)"),
         ("train --resume --optim.lr 1", "which recipe?"),
         ("train digits_sparse --data.batch-size 0", "data.batch_size 0 must be at least 1"),
         ("train digits_sparse --data.eval-batch-size 0", "data.eval_batch_size 0 must be at least 1"),
