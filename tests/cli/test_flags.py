@@ -17,7 +17,8 @@ def one_column(monkeypatch: pytest.MonkeyPatch) -> None:
 
 RECIPE_FLAGS = (
     "--name "
-    "--model.name --model.args --model.pretrained --model.no-pretrained --model.weights "
+    "--model.name --model.args --model.pretrained --model.no-pretrained --model.final-norm --model.no-final-norm "
+    "--model.weights "
     "--data.name --data.root --data.image-size --data.channels --data.batch-size --data.eval-batch-size "
     "--data.workers --data.on-bad-image --data.test-share --data.label-share --data.label-seed "
     "--data.download --data.no-download "
@@ -44,8 +45,7 @@ PRETRAIN_FLAGS = (
     "--views.brightness --views.contrast --views.saturation --views.hue --views.grey --views.blur --views.blur-sigma "
     "--views.solarize --task.temperature --task.momentum --task.momentum-sched --task.no-momentum-sched "
     "--task.hidden-dim --task.out-dim --task.projector-layers --task.predictor-layers --task.freeze-patch-embed "
-    "--task.final-norm --task.no-final-norm --task.decay-all --task.no-decay-all --task.knn-images --task.knn-k "
-    "--task.knn-temperature "
+    "--task.decay-all --task.no-decay-all --task.knn-images --task.knn-k --task.knn-temperature "
 )
 
 

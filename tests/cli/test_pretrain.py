@@ -133,7 +133,7 @@ def one_class(tmp_path: Path) -> Path:
         ("--optim.layer-decay 0.7", "optim.layer_decay 0.7"),
         ("--model.args patch_size=16", "views of 8 pixels (data.image_size) are smaller than a patch"),
         ("--model.name resnet10t --task.freeze-patch-embed True", "no patch embedding"),
-        ("--model.name resnet10t --task.no-final-norm", "no final norm"),
+        ("--model.name resnet10t --model.no-final-norm", "no final norm"),
         ("--model.name mixer_t4_23", "nearest: mixer_t4_32"),
     ],
 )

@@ -54,6 +54,18 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_what_was_trained_without_its_final_norm_is_probed_without_it(
+    run: Run, trained: Path, tiny: list[str], tmp_path: Path
+):
+    assert run("train", "digits_sparse", *tiny, "--model.no-final-norm", "--out", tmp_path / "run")[0] == 0
+    assert run("probe", tmp_path / "run", *PROBE, "--kind", "linear", "--out", tmp_path / "probe")[0] == 0
+    stored = recipes.load(tmp_path / "probe")
+    assert not stored.model.final_norm
+    assert recipes.load(trained).model.final_norm
+    model = recipes.load_model(stored.model, recipes.load_inputs(tmp_path / "probe"), tmp_path / "probe")
+    assert type(model.norm).__name__ == "SkippedNorm"
+
+
 def test_probe_measures_both_ways_and_leaves_the_backbone_as_it_was(run: Run, trained: Path, tmp_path: Path):
     code, out, _ = run("probe", trained, *PROBE, "--out", tmp_path / "probe")
     assert code == 0

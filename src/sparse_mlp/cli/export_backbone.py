@@ -58,4 +58,8 @@ def run(arguments: list[str]) -> int:
     overlay = f"pretrained_cfg_overlay={{'file': {str(given.target)!r}, 'num_classes': 0}}"
     out.print("# with a new classifier:", markup=False)
     out.print(f"timm.create_model({head}, {overlay})", markup=False, soft_wrap=True)
+    if not config.final_norm:
+        out.print(
+            "# trained without its final norm: the same features with model.norm = torch.nn.Identity()", markup=False
+        )
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +66,7 @@ def _resolve(given: InfoArguments) -> tuple[ModelConfig, InputSpec]:
         if given.args or given.image_size or given.channels or given.classes:
             raise ValueError(f"{given.model} is a run folder: its model is shown as it was trained, without options")
         model = recipes.load(given.model).model
-        return ModelConfig(model.name, model.args), recipes.load_inputs(given.model)
+        return replace(model, pretrained=False, weights=None), recipes.load_inputs(given.model)
     recipes.check_model_name(given.model)
     published = get_pretrained_cfg(given.model)
     channels, height, _ = published.input_size if published else (3, 224, 224)

@@ -46,7 +46,7 @@ def _begin_with(source: str, recipe: Recipe, options: Sequence[str], own_data: b
     regular = {name: value for name, value in recipe.model.args.items() if name in _REGULAR}
     if path.is_dir():
         stored = recipes.load_model_config(path)
-        model = ModelConfig(stored.name, {**stored.args, **regular})
+        model = replace(stored, args={**stored.args, **regular}, pretrained=False)
         if own_data and data is None:
             recipe = replace(recipe, data=_images_of(path, recipe.data))
     elif path.is_file():

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from sparse_mlp.engine import Loaders, RunFolder
 from sparse_mlp.models import registered_names
 from sparse_mlp.recipes.recipe import ModelConfig, Recipe
 from sparse_mlp.tasks import Classify, Probe
+from sparse_mlp.tasks.features import skip_final_norm
 
 _FROM_DATA = ("img_size", "in_chans", "num_classes")
 _SHARES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
@@ -82,6 +83,8 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
     # What a model does with an argument that it cannot use is its own affair; ours says so in a ValueError.
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"model {config.name}: {_explain(error, config.name)}") from error
+    if not config.final_norm:
+        skip_final_norm(model)
     if config.weights is not None:
         load_weights(model, Path(config.weights), new_head=True)
     return model
@@ -89,7 +92,7 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
 
 def load_model(config: ModelConfig, spec: InputSpec, path: Path) -> nn.Module:
     """A trained model, in evaluation mode: the architecture of `config` with the weights of a file or a run folder."""
-    model = build_model(ModelConfig(config.name, config.args), spec)
+    model = build_model(replace(config, pretrained=False, weights=None), spec)
     load_weights(model, path)
     return model.eval()
 

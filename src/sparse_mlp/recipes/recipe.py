@@ -60,6 +60,10 @@ class ModelConfig:
     pretrained: bool = False
     """Start from the weights that timm publishes for this name."""
 
+    final_norm: bool = True
+    """Keep the norm before the pooling and the classifier. Without a class token, features that MoCo v3 pre-trains are
+    better probed without it (its table 4); what begins with such weights has to leave it out too."""
+
     weights: str | None = None
     """Start from the weights in this file (.safetensors, .pth, a published Mixer .npz, or a run folder); the head stays
     new where the classes are others."""

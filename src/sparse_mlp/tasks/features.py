@@ -69,6 +69,6 @@ def skip_final_norm(model: nn.Module) -> None:
     """
     found = [name for name in ("norm", "fc_norm") if list(getattr(model, name, nn.Identity()).state_dict())]
     if not found:
-        raise ValueError(f"task.final_norm is off, but {type(model).__name__} has no final norm to leave out")
+        raise ValueError(f"model.final_norm is off, but {type(model).__name__} has no final norm to leave out")
     for name in found:
         setattr(model, name, SkippedNorm(getattr(model, name)))

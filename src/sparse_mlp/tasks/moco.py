@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_mlp.distributed import all_gather, broadcast, gather, rank, sync_batch_norm, world_size
 from sparse_mlp.engine import Batch, Evaluation, Task
-from sparse_mlp.tasks.features import evaluating, pooled_features, skip_final_norm
+from sparse_mlp.tasks.features import evaluating, pooled_features
 from sparse_mlp.tasks.knn import weighted_knn
 
 __all__ = ["Moco", "MocoConfig", "contrast", "feature_rank", "feature_std", "momentum_at"]
@@ -55,9 +55,6 @@ class MocoConfig:
     freeze_patch_embed: bool | None = None
     """Leave the patch embedding at its random start, which keeps training stable (section 4.3). Left out: where the
     model has one, that is a convolution whose patches do not overlap."""
-
-    final_norm: bool = True
-    """Keep the norm before the pooling. Without a class token the authors' probe is better without it (table 4)."""
 
     decay_all: bool = False
     """Let biases and norms decay too, as the published code does with AdamW (not with LARS)."""
@@ -103,8 +100,6 @@ class Moco(Task):
         self.config = config = config or MocoConfig()
         self.num_classes = num_classes
         model.reset_classifier(0)  # type: ignore[operator]
-        if not config.final_norm:
-            skip_final_norm(model)
         if config.freeze_patch_embed is not False:
             _freeze_patch_embed(model, needed=config.freeze_patch_embed is True)
         dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
