@@ -137,3 +137,47 @@ def test_batch_must_divide_over_ranks(varied: ImageData):
 def test_mixing_needs_even_slices(mixed: ImageData):
     with pytest.raises(ValueError, match="even number of images"):
         loader(mixed, replace(CONFIG, batch_size=50), 0, steps=1, world_size=2)
+
+
+REPEATED = replace(CONFIG, repeats=3)
+
+
+@pytest.mark.parametrize("step", [0, 5, 14])
+def test_repeats_show_each_image_of_a_batch_three_times_varied_anew(varied: ImageData, step: int):
+    (batch,) = loader(varied, REPEATED, 4, start_step=step, steps=1)
+    epoch, position = divmod(step, PER_EPOCH)
+    shown = np.repeat(epoch_order(1198, 4, epoch), 3)[position * 100 : (position + 1) * 100]  # DeiT's sampler
+    assert sorted(batch["index"].tolist()) == sorted(shown)
+    assert torch.equal(batch["target"], varied.train.labels[batch["index"]])
+    copies = [batch["image"][batch["index"] == i] for i in np.unique(shown)]
+    assert [len(c) for c in copies].count(3) >= 32
+    assert all(not torch.equal(a, b) for c in copies for n, a in enumerate(c) for b in c[:n])
+
+
+def test_repeats_leave_the_length_of_an_epoch_and_show_a_third_of_the_images(varied: ImageData):
+    batches = list(loader(varied, REPEATED, 0, steps=PER_EPOCH))
+    assert steps_per_epoch(varied, REPEATED) == PER_EPOCH
+    seen = torch.cat([batch["index"] for batch in batches]).unique(return_counts=True)[1]
+    assert len(seen) == -(-PER_EPOCH * 100 // 3) and seen[:-1].float().mean() > 2.9 and seen.max() == 3
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_repeats_are_cut_over_ranks_and_resumed_like_any_batch(mixed: ImageData, world: int):
+    whole = list(loader(mixed, REPEATED, 1, steps=14))
+    assert same(whole[9:], list(loader(mixed, replace(REPEATED, workers=2), 1, start_step=9, steps=5)))
+    plain = build_datasets(CONFIG, VARIED)
+    ranks = [list(loader(plain, REPEATED, 1, steps=2, rank=r, world_size=world)) for r in range(world)]
+    for step, batch in enumerate(loader(plain, REPEATED, 1, steps=2)):
+        assert same([batch], [{name: torch.cat([rank[step][name] for rank in ranks]) for name in batch}])
+    if world == 4:  # no fewer ranks than copies: each copy is on another rank
+        assert all(len(rank[0]["index"].unique()) == 25 for rank in ranks)
+
+
+def test_neighbours_which_are_mixed_are_different_images(varied: ImageData):
+    for batch in loader(varied, REPEATED, 2, steps=PER_EPOCH):
+        assert (batch["index"][::2] != batch["index"][1::2]).all()
+
+
+def test_repeats_below_one_are_an_error(varied: ImageData):
+    with pytest.raises(ValueError, match=r"data\.repeats 0 is below 1"):
+        loader(varied, replace(CONFIG, repeats=0), 0, steps=1)

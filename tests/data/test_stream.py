@@ -157,3 +157,8 @@ def test_a_stream_in_two_views():
     assert whole[0]["view1"].shape == (4, 3, 16, 16) and not torch.equal(whole[0]["view1"], whole[0]["view2"])
     for first, second in zip(whole[5:], views(5, 2), strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_stream_cannot_be_repeated():
+    with pytest.raises(ValueError, match="repeats 3 would be ignored"):
+        loader(build(), replace(CONFIG, repeats=3), 0, steps=1)

@@ -28,6 +28,10 @@ class DataConfig:
     batch_size: int = 128
     """Images in one optimiser step, all ranks and accumulation steps together."""
 
+    repeats: int = 1
+    """Times an image comes in a batch, each time augmented differently: 3 is the repeated augmentation of DeiT's
+    recipe. An epoch stays as long, and so shows one image in so many. Not for streams."""
+
     eval_batch_size: int = 256
     """Images in one evaluation batch, on each rank."""
 

@@ -22,7 +22,8 @@ from sparse_mlp.data.sets import ImageData
 
 
 def steps_per_epoch(data: ImageData, config: DataConfig) -> int:
-    """Whole batches in the training set; the rest of an epoch's images wait for another epoch's order.
+    """Whole batches in the training set, whatever `config.repeats`; the rest of an epoch's images wait for another
+    epoch's order.
 
     Raises ValueError where the set is smaller than a batch or does not tell its length.
     """
@@ -49,21 +50,26 @@ def train_loader(
     """The batches of steps start_step .. start_step + steps - 1; rank r gets the r-th slice of each.
 
     Images and labels of a step depend on (seed, step) alone, not on workers, ranks or where the loader started; each
-    image comes at most once an epoch. Only for a stream (timm's IterableDataset) order and augmentation also depend on
+    image comes at most `config.repeats` times an epoch. Only for a stream (timm's IterableDataset) order and augmentation also depend on
     the number of workers and ranks; there a start within an epoch reads and drops the batches before it.
 
-    Raises ValueError where the batch does not divide over the ranks, or a slice is odd and mixup or cutmix is on.
+    Raises ValueError where the batch does not divide over the ranks, a slice is odd and mixup or cutmix is on, or a
+    stream is to be repeated.
     """
     local = config.batch_size // world_size
     if local * world_size != config.batch_size:
         raise ValueError(f"data.batch_size {config.batch_size} does not divide over {world_size} ranks")
     if data.mixer and local % 2:
         raise ValueError(f"mixup and cutmix need an even number of images on each rank, not {local}")
+    if config.repeats < 1:
+        raise ValueError(f"data.repeats {config.repeats} is below 1")
     per_epoch = steps_per_epoch(data, config)
     stop = start_step + steps
     if isinstance(data.train, IterableDataset):
+        if config.repeats > 1:
+            raise ValueError(f"data.repeats {config.repeats} would be ignored: {config.name} is a stream")
         return _StreamSteps(data.train, data.mixer, config, local, seed, range(start_step, stop), per_epoch)
-    batches = _TrainSteps(data.train, data.mixer, seed, config.batch_size, per_epoch, rank, world_size)
+    batches = _TrainSteps(data.train, data.mixer, seed, config, per_epoch, rank, world_size)
     return Batches(batches, range(start_step, stop), config.workers)
 
 
@@ -104,32 +110,44 @@ class Batches:
 
 
 class _TrainSteps(Dataset):
-    """Item `step` is this rank's slice of the batch of that step."""
+    """Item `step` is this rank's slice of the batch of that step.
+
+    With repeats the epoch is the first part of its order, each image as often in a row. A batch has all first copies
+    before all second ones, so that the copies of an image are on different ranks and not mixed with each other. A copy
+    is augmented as its image is in an epoch of its own number.
+    """
 
     def __init__(
         self,
         images: ImageSet,
         mixer: BatchMixer | None,
         seed: int,
-        batch_size: int,
+        config: DataConfig,
         per_epoch: int,
         rank: int,
         world_size: int,
     ) -> None:
         self.images, self.mixer, self.seed = images, mixer, seed
-        self.batch_size, self.per_epoch = batch_size, per_epoch
-        self.local = batch_size // world_size
-        self.offset = rank * self.local
+        self.batch_size, self.repeats, self.per_epoch = config.batch_size, config.repeats, per_epoch
+        local = config.batch_size // world_size
+        self.slice = slice(rank * local, (rank + 1) * local)
 
     def __getitem__(self, step: int) -> Batch | Exception:
         epoch, position = divmod(step, self.per_epoch)
-        start = position * self.batch_size + self.offset
-        indices = epoch_order(len(self.images), self.seed, epoch)[start : start + self.local]
+        image, copy = np.divmod(np.arange(position * self.batch_size, (position + 1) * self.batch_size), self.repeats)
+        own = np.argsort(copy, kind="stable")[self.slice]
+        indices, copy = epoch_order(len(self.images), self.seed, epoch)[image[own]], copy[own]
         try:
-            batch = self.images.batch(indices, (self.seed, epoch))
+            batch = _joined(
+                [self.images.batch(indices[copy == c], (self.seed, epoch * self.repeats + c)) for c in np.unique(copy)]
+            )
         except (OSError, ValueError) as error:  # raised in the main process, where its message stays one line
             return error
         return self.mixer(batch, self.seed, step) if self.mixer else batch
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class _EvalSteps(Dataset):

@@ -23,13 +23,13 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(images)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)  # an epoch's repeats of the images come side by side
 def epoch_draws(images: int, columns: int, seed: int, epoch: int) -> np.ndarray:
     """Uniform numbers (images, columns) in [0, 1): row i is what image i's augmentation consumes in that epoch."""
     return np.random.default_rng([_DRAWS, seed, epoch]).random((images, columns), dtype=np.float32)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def epoch_seeds(images: int, seed: int, epoch: int) -> np.ndarray:
     """One 32-bit seed an image (images,), for augmentations that draw from the global generators."""
     return np.random.default_rng([_SEEDS, seed, epoch]).integers(0, 2**32, images, dtype=np.uint32)

@@ -154,6 +154,7 @@ def _check_used(data: DataConfig) -> None:
         "on_bad_image": ("folder", "torch/"),
         "test_share": ("folder",),
         "label_share": SETS,
+        "repeats": (*SETS, "torch/", "hfds/"),
         "download": ("cifar10", "cifar100", *timm_kinds),
         "train_split": timm_kinds,
         "test_split": timm_kinds,

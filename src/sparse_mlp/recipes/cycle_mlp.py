@@ -2,9 +2,8 @@
 
 ImageNet by the defaults of their training script (DeiT's recipe): AdamW, batch 1024, learning rate 1e-3 after 5 epochs
 of warm-up from 1e-6, cosine to 1e-5, weight decay 0.05, no clipping, RandAugment, mixup and cutmix, random erasing,
-label smoothing 0.1, stochastic depth 0.1 for every variant. Two things differ: they show each image three times an
-epoch (repeated augmentation), which the loaders here do not, and the moving average they keep beside is left out, as
-their figures are of the plain weights.
+label smoothing 0.1, stochastic depth 0.1 for every variant, each image three times in a batch (repeated augmentation).
+The moving average they keep beside is left out, as their figures are of the plain weights.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def _imagenet(model: str) -> Recipe:
     return Recipe(
         name=f"imagenet_{model}",
         model=ModelConfig(model, {"drop_path_rate": 0.1}),
-        data=DataConfig(name="folder", image_size=224, batch_size=1024, workers=16),
+        data=DataConfig(name="folder", image_size=224, batch_size=1024, repeats=3, workers=16),
         augment=AugmentConfig(
             crop_scale=(0.08, 1.0),
             crop_ratio=(3 / 4, 4 / 3),

@@ -3,8 +3,8 @@
 ImageNet by the commands in their README (DeiT's recipe): AdamW, cosine to 1e-5 after 20 epochs of warm-up from 1e-6,
 weight decay 0.05, RandAugment, mixup and cutmix, random erasing, label smoothing 0.1, seed 3407. Tiny: batch 2048,
 learning rate 2e-3, no stochastic depth. Base: batch 1024, 1e-3, 0.2. For Small and Large they give no command: batch
-and rate are Base's here, stochastic depth that of their dense-prediction classes, 0.1 and 0.3. Their repeated
-augmentation and the 10 epochs at the lowest rate that follow the 300 are left out.
+and rate are Base's here, stochastic depth that of their dense-prediction classes, 0.1 and 0.3. Each image comes three
+times in a batch (repeated augmentation). The 10 epochs at the lowest rate that follow the 300 are left out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _imagenet(model: str, drop_path_rate: float, batch_size: int = 1024, lr: flo
     return Recipe(
         name=f"imagenet_{model}",
         model=ModelConfig(model, {"drop_path_rate": drop_path_rate}),
-        data=DataConfig(name="folder", image_size=224, batch_size=batch_size, workers=16),
+        data=DataConfig(name="folder", image_size=224, batch_size=batch_size, repeats=3, workers=16),
         augment=AugmentConfig(
             crop_scale=(0.08, 1.0),
             crop_ratio=(3 / 4, 4 / 3),
