@@ -79,8 +79,8 @@ def _widest(x: Tensor, offsets: tuple[int, ...]) -> tuple[torch.dtype, int]:
     """
     for dtype in (torch.complex128, torch.float64, torch.float32):
         size = dtype.itemsize // x.element_size()
-        ends = (stop for _, _, stop in _runs(offsets))
-        if size > 1 and x.storage_offset() % size == 0 and all(stop % size == 0 for stop in ends):
+        places = [x.storage_offset(), *x.stride()[:-1], *(stop for _, _, stop in _runs(offsets))]
+        if size > 1 and all(place % size == 0 for place in places):
             return dtype, size
     return x.dtype, 1
 
