@@ -115,6 +115,25 @@ def axial_shifts() -> list[Row]:
     return rows
 
 
+def axial_training() -> list[Row]:
+    x = torch.randn(BATCH, 56, 56, 96, requires_grad=True)
+    nchw = x.detach().permute(0, 3, 1, 2).contiguous().requires_grad_()
+    grad, grad_nchw = torch.randn_like(x), torch.randn_like(nchw)
+    return [
+        compare(
+            f"axial shift forward + backward, {name}, {BATCH}x96x56x56, NHWC memory",
+            {
+                "ours": lambda axis=axis: torch.autograd.grad(axial_shift(x, 5, axis), x, grad),
+                "published": lambda dim=dim: torch.autograd.grad(roll_shift(nchw, 5, dim), nchw, grad_nchw),
+                "two copies": lambda: (x.detach().clone(), grad.clone()),
+            },
+            against={"ours/copies": "two copies"},
+            rounds=25,
+        )
+        for axis, dim, name in ((2, 3, "horizontal"), (1, 2, "vertical"))
+    ]
+
+
 @torch.inference_mode()
 def hire_mixers(gflops: float) -> list[Row]:
     rows = []
@@ -165,7 +184,8 @@ def main() -> None:
         torch.set_num_threads(threads)
         peaks[threads] = gflops = peak_gflops()
         print(f"{threads} thread(s): the largest product runs at {gflops:.0f} GFLOP/s")
-        rows += cycle_forward(gflops) + cycle_training(gflops) + axial_shifts() + hire_mixers(gflops) + products(gflops)
+        rows += cycle_forward(gflops) + cycle_training(gflops) + axial_shifts() + axial_training()
+        rows += hire_mixers(gflops) + products(gflops)
     write_json(args.json, rows, peak_gflops=peaks)
 
 

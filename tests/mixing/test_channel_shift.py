@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -81,25 +79,13 @@ def test_maps_in_planes_are_moved_in_planes(size, axis):
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("dim", [20, 24, 37, 40, 160])  # runs of 4, 5 (and 4), 8 (and 5), 8, 32 channels
-def test_runs_are_copied_in_elements_of_any_width(axis, dtype, dim):
-    offsets = axial_offsets(dim, 5)
-    for shape in ((2, 7, 9, dim), (1, 1, 3, dim), (1, 2, 1, dim)):
-        for skipped in (0, 1, 2):  # memory that does not start where a wide element would
-            x = torch.randn(skipped + math.prod(shape)).to(dtype)[skipped:].view(shape)
-            torch.testing.assert_close(shift_channels(x, offsets, axis), naive(x, offsets, axis), rtol=0, atol=0)
-    x = torch.randn(1, 1, 1, dim + 1).to(dtype)[..., :dim]  # contiguous, with an odd stride
-    torch.testing.assert_close(shift_channels(x, offsets, axis), naive(x, offsets, axis), rtol=0, atol=0)
-
-
-def test_copies_keep_infinities_where_they_are():
-    x = torch.randn(2, 5, 6, 20)
-    x[0, 2, 3] = torch.inf
-    for layout in (x, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
-        for axis in (1, 2):
-            out = shift_channels(layout, axial_offsets(20, 5), axis)
-            torch.testing.assert_close(out, naive(x, axial_offsets(20, 5), axis), rtol=0, atol=0)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_planes_of_half_precision_keep_infinities_where_they_are(axis, dtype):
+    x = torch.randn(2, 5, 6, 20).to(dtype)
+    x[0, 2, 3], x[1, 4, 0] = torch.inf, -torch.inf
+    planes = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    out = shift_channels(planes, axial_offsets(20, 5), axis)
+    torch.testing.assert_close(out, naive(x, axial_offsets(20, 5), axis), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("axis", [1, 2])

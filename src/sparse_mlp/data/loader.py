@@ -50,8 +50,9 @@ def train_loader(
     """The batches of steps start_step .. start_step + steps - 1; rank r gets the r-th slice of each.
 
     Images and labels of a step depend on (seed, step) alone, not on workers, ranks or where the loader started; each
-    image comes at most `config.repeats` times an epoch. Only for a stream (timm's IterableDataset) order and augmentation also depend on
-    the number of workers and ranks; there a start within an epoch reads and drops the batches before it.
+    image comes at most `config.repeats` times an epoch. Only for a stream (timm's IterableDataset) order and
+    augmentation also depend on the number of workers and ranks; there a start within an epoch reads and drops the
+    batches before it.
 
     Raises ValueError where the batch does not divide over the ranks, a slice is odd and mixup or cutmix is on, or a
     stream is to be repeated.

@@ -2,11 +2,11 @@
 
     out[b, i, j, c] = x[b, i + offsets[c], j, c]     (axis 1; along j for axis 2), 0 outside the map
 
-Forms with equal values. The plain one, slices and `torch.where`, is what a compiler fuses and an exporter writes. In
-eager mode on a CPU it would cost several passes over memory. There, few runs of equal offsets (axial shift) are one copy
-each, of a stretch of memory to a displaced one; alternating offsets (cycle FC) are a depthwise convolution with one-hot
-weights, one pass by oneDNN's kernel for channels-last maps. Products with 0 and 1 are exact, so values are the same to
-the bit (an infinite value does turn its neighbours into NaN in the convolution).
+Three forms with equal values. The plain one, slices and `torch.where`, is what a compiler fuses and an exporter writes.
+In eager mode on a CPU it would cost several passes over memory; there a depthwise convolution with one-hot weights does
+it in one, by oneDNN's kernel for channels-last maps. Products with 0 and 1 are exact, so values are the same to the bit
+(an infinite value does turn its neighbours into NaN in this form). Where the memory is (B, C, H, W) and few runs of
+channels are moved alike (axial shift), each run is one copy from a displaced stretch of memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparse_mlp.moe.eager import runs_eagerly_on_cpu
 
 __all__ = ["shift_channels"]
 
-MAX_RUNS = 16  # runs of equal offsets up to which copying them one by one is the faster form
+MAX_RUNS = 16  # runs of equal offsets up to which moving planes run by run is the faster form
 
 
 @functools.lru_cache(maxsize=256)
@@ -50,70 +50,32 @@ def _has_few_runs(offsets: tuple[int, ...]) -> bool:
     return sum(1 for _ in _runs(offsets)) <= MAX_RUNS
 
 
-def _clear_border(run: Tensor, offset: int, axis: int) -> None:
-    """Zero what a copy of a whole stretch of memory brought from beyond the border: from another row or channel."""
-    border = min(abs(offset), run.shape[axis])
-    if border:
-        run.narrow(axis, run.shape[axis] - border if offset > 0 else 0, border).zero_()
-
-
 def _shift_planes(x: Tensor, offsets: tuple[int, ...], axis: int) -> Tensor:
-    """The shift of a map whose memory is (B, C, H, W): a run is one stretch of each image."""
+    """The shift of a map whose memory is (B, C, H, W): a run is one stretch of each image's memory."""
     planes = x.permute(0, 3, 1, 2)
     out = torch.empty_like(planes)
     source, target = planes.flatten(1), out.flatten(1)
-    plane, image = x.shape[1] * x.shape[2], source.shape[1]
+    axis, size, plane, image = axis + 1, x.shape[axis], x.shape[1] * x.shape[2], source.shape[1]
     for offset, start, stop in _runs(offsets):
-        step = offset * planes.stride(axis + 1)
+        step = offset * planes.stride(axis)
         first, last = max(start * plane, -step), min(stop * plane, image - step)
         if first < last:
-            target[:, first:last].copy_(source[:, first + step : last + step])
-        _clear_border(out[:, start:stop], offset, axis + 1)
+            target.narrow(1, first, last - first).copy_(source.narrow(1, first + step, last - first))
+        border = min(abs(offset), size)
+        if border:  # what came from beyond it is of another row or channel
+            out.narrow(1, start, stop - start).narrow(axis, size - border if offset > 0 else 0, border).zero_()
     return out.permute(0, 2, 3, 1)
 
 
-def _widest(x: Tensor, offsets: tuple[int, ...]) -> tuple[torch.dtype, int]:
-    """The widest type whose elements hold whole parts of every run, and how many of x's elements are one of its.
-
-    A run of few channels is copied element by element: the fewer, the faster.
-    """
-    for dtype in (torch.complex128, torch.float64, torch.float32):
-        size = dtype.itemsize // x.element_size()
-        places = [x.storage_offset(), *x.stride()[:-1], *(stop for _, _, stop in _runs(offsets))]
-        if size > 1 and all(place % size == 0 for place in places):
-            return dtype, size
-    return x.dtype, 1
-
-
-def _shift_rows(x: Tensor, offsets: tuple[int, ...], axis: int) -> Tensor:
-    """The shift of a contiguous map (B, H, W, C): a run is a part of each row of C."""
-    dtype, size = _widest(x, offsets)
-    result = torch.empty_like(x)
-    out = result.view(dtype)
-    source, target = x.view(dtype).flatten(0, 2), out.flatten(0, 2)
-    rows = len(source)
-    for offset, start, stop in _runs(offsets):
-        run = slice(start // size, stop // size)
-        step = offset * (x.shape[2] if axis == 1 else 1)
-        first, last = max(0, -step), min(rows, rows - step)
-        if first < last:
-            target[first:last, run].copy_(source[first + step : last + step, run])
-        _clear_border(out[..., run], offset, axis)
-    return result
-
-
 class _EagerShift(torch.autograd.Function):
-    """The shift by copies or as a depthwise convolution; its gradient is the opposite shift."""
+    """The shift by planes or as a depthwise convolution; its gradient is the opposite shift."""
 
     @staticmethod
     def forward(ctx, x: Tensor, offsets: tuple[int, ...], axis: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.offsets, ctx.axis = offsets, axis
-        in_planes = not x.is_contiguous() and x.permute(0, 3, 1, 2).is_contiguous()
-        if in_planes and _has_few_runs(offsets):
+        if not x.is_contiguous() and x.permute(0, 3, 1, 2).is_contiguous() and _has_few_runs(offsets):
             return _shift_planes(x, offsets, axis)
         x = x.contiguous()
-        if _has_few_runs(offsets):
-            return _shift_rows(x, offsets, axis)
         kernel, reach = _one_hot_kernel(offsets, axis, x.dtype)
         padding = (reach, 0) if axis == 1 else (0, reach)
         return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=padding, groups=len(offsets)).permute(0, 2, 3, 1)
