@@ -125,7 +125,7 @@ def test_every_parameter_gets_a_gradient(name, built):
     assert without == []
 
 
-@each_system
+@every_model
 def test_grad_checkpointing_changes_nothing(name, built):
     images, grads = _images(name), []
     for enable in (False, True):
@@ -203,7 +203,7 @@ def test_parameter_groups_go_from_stem_to_head(name):
     assert max(group_parameters(model, model.group_matcher(coarse=False), reverse=True).values()) >= 4
 
 
-@each_system
+@every_model
 def test_constructor_arguments_reach_the_model(name):
     model = timm.create_model(name, in_chans=4, num_classes=3, drop_path_rate=0.3, drop_rate=0.1)
     rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
@@ -220,7 +220,7 @@ def test_img_size(name):
     assert model(torch.randn(2, 3, 96, 96)).shape == (2, 3)
 
 
-@each_system
+@every_model
 def test_is_built_in_the_wanted_dtype(name):
     model = timm.create_model(name, dtype=torch.bfloat16, device="cpu").eval()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -256,7 +256,7 @@ def test_local_directory_round_trip(name, tmp_path, built):
         torch.testing.assert_close(again(_images(name)), model(_images(name)), rtol=0, atol=0)
 
 
-@each_system
+@every_model
 def test_channels_last_and_bf16_autocast(name, built):
     model, images = built(name), _images(name)
     with torch.inference_mode():

@@ -56,15 +56,30 @@ def test_equals_the_published_form_at_any_size(reference, size):
 
 @pytest.mark.slow  # constructs and fills up to 96 M parameters
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_variant_equals_its_published_form(reference, name):
+@pytest.mark.parametrize("size", [(65, 97), (227, 301)], ids=str)
+def test_every_variant_equals_its_published_form(reference, name, size):
     """The filled weights blow small rounding up in deep variants, hence float64."""
     published, state_dict = reference.weights(name)
     model = timm.create_model(name).eval()
-    model.load_state_dict(state_dict)
-    images = reference.images(1, 65, 97).double()
+    model.load_state_dict({"model": {f"module.{key}": value for key, value in state_dict.items()}})
+    images = reference.images(1, *size).double()
     with torch.inference_mode():
         expected, logits = published.double()(images), model.double()(images)
-    assert (logits - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert (logits - expected).abs().max() <= 1e-8 * expected.abs().max()
+
+
+@pytest.mark.slow  # as above
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_variant_has_the_published_dense_maps(reference, name):
+    published, state_dict = reference.weights(name, dense=True)
+    model = timm.create_model(name, features_only=True, output_norms=True).eval()
+    model.load_state_dict(state_dict)
+    images = reference.images(1, 250, 186).double()
+    with torch.inference_mode():
+        expected, maps = published.double()(images), model.double()(images)
+    for ours, theirs in zip(maps, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= 1e-7 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("size", [(64, 96), (250, 186)], ids=str)
@@ -120,3 +135,16 @@ def test_steps_follow_the_published_cycles():
     assert [[block.attn.step for block in stage.blocks] for stage in stages] == [
         [0, 2, 0], [0, 2, 0, 2], [0, 1, 2, 0, 1, 2, 0, 1, 2, 0], [0, 1, 0],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(32, 32), (45, 32), (33, 64)], ids=str)
+def test_trains_on_one_image_down_to_maps_or_regions_of_one_position(size):
+    model = timm.create_model(SMALLEST, num_classes=3).train()
+    before = model.norm.running_mean.clone(), model.stages[0].blocks[0].norm1.running_mean.clone()
+    model(torch.randn(1, 3, *size)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(b.isfinite().all() for b in model.buffers())
+    assert torch.equal(model.norm.running_mean, before[0]) == (
+        size == (32, 32)
+    )  # a map of one position has no statistics
+    assert not torch.equal(model.stages[0].blocks[0].norm1.running_mean, before[1])
