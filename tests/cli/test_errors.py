@@ -61,6 +61,7 @@ def fails(run: Run) -> Callable[..., str]:
         ("train --resume one --resume two", "--resume takes one value, not 2 (one, two)"),
         ("train --resume --optim.lr 1", "which recipe?"),
         ("train digits_sparse --data.batch-size 0", "data.batch_size 0 must be at least 1"),
+        ("train digits_sparse --data.repeats 0", "data.repeats 0 must be at least 1"),
         ("train digits_sparse --data.eval-batch-size 0", "data.eval_batch_size 0 must be at least 1"),
         ("train digits_sparse --data.image-size 0", "data.image_size 0 must be at least 1"),
         ("train digits_sparse --data.workers -1", "data.workers -1 must be at least 0"),

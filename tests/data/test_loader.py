@@ -176,8 +176,3 @@ def test_repeats_are_cut_over_ranks_and_resumed_like_any_batch(mixed: ImageData,
 def test_neighbours_which_are_mixed_are_different_images(varied: ImageData):
     for batch in loader(varied, REPEATED, 2, steps=PER_EPOCH):
         assert (batch["index"][::2] != batch["index"][1::2]).all()
-
-
-def test_repeats_below_one_are_an_error(varied: ImageData):
-    with pytest.raises(ValueError, match=r"data\.repeats 0 is below 1"):
-        loader(varied, replace(CONFIG, repeats=0), 0, steps=1)

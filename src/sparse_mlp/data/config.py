@@ -123,7 +123,7 @@ class AugmentConfig:
 
 def check_configs(data: DataConfig, augment: AugmentConfig) -> None:
     """ValueError, one line, for numbers that cannot be, whatever the set."""
-    for name, least in (("image_size", 1), ("batch_size", 1), ("eval_batch_size", 1), ("workers", 0)):
+    for name, least in (("image_size", 1), ("batch_size", 1), ("repeats", 1), ("eval_batch_size", 1), ("workers", 0)):
         _between(f"data.{name}", getattr(data, name), least, math.inf)
     for name in ("num_classes", "num_samples"):
         _between(f"data.{name}", getattr(data, name), 1, math.inf)

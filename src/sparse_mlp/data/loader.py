@@ -62,8 +62,6 @@ def train_loader(
         raise ValueError(f"data.batch_size {config.batch_size} does not divide over {world_size} ranks")
     if data.mixer and local % 2:
         raise ValueError(f"mixup and cutmix need an even number of images on each rank, not {local}")
-    if config.repeats < 1:
-        raise ValueError(f"data.repeats {config.repeats} is below 1")
     per_epoch = steps_per_epoch(data, config)
     stop = start_step + steps
     if isinstance(data.train, IterableDataset):
