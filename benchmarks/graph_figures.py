@@ -61,7 +61,7 @@ def robustness(graph: str = "cora") -> None:
 
 
 def scale() -> None:
-    rows = read("scale")
+    rows = read("scale")["planted"]
     edges = [row["edges"] for row in rows]
     figure = Figure(figsize=(8, 3), layout="constrained")
     memory, seconds = figure.subplots(1, 2)

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,53 +83,12 @@ def test_evaluation_keeps_the_mode_and_the_order(graph):
         task.evaluate(eval_batches(replace(graph, splits={})), torch.device("cpu"))
 
 
-RANKS = """
-import os, sys, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from sparse_mlp.data.graphs import NodeBatches, planted_graph
-from sparse_mlp.models.graph_mlp import GraphMlp
-from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
-torch.set_num_threads(1)
-ranks = int(os.environ.get("WORLD_SIZE", 1))
-rank = int(os.environ.get("RANK", 0))
-graph = planted_graph(400, 2000, classes=3, features=8)
-torch.manual_seed(0)
-task = NodeClassify(GraphMlp(8, 3, hidden_dim=16, drop_rate=0.0), NodeLossConfig(consistency=0.5))
-if ranks > 1:
-    dist.init_process_group("gloo")
-module = DistributedDataParallel(task) if ranks > 1 else task
-optimizer = torch.optim.Adam(task.param_groups(5e-3), lr=0.01)
-batches = NodeBatches(graph, 200, 2, 0, rank=rank, world_size=ranks)
-losses = []
-for step in range(5):
-    out = module(batches[step])
-    optimizer.zero_grad(); out["loss"].backward(); optimizer.step()
-    value = torch.stack([out["loss"].detach(), out["accuracy"].float()])
-    if ranks > 1:
-        dist.all_reduce(value); value /= ranks
-    losses += value.tolist()
-if rank == 0:
-    torch.save((losses, task.state_dict()), sys.argv[1])
-if ranks > 1:
-    dist.destroy_process_group()
-"""
-
-
-def test_two_ranks_learn_what_one_learns(tmp_path):
-    """Takes seconds: two fresh processes."""
-    (tmp_path / "ranks.py").write_text(RANKS)
-    source = str(Path(__file__).parents[2] / "src")
+def test_two_ranks_learn_what_one_learns(launch, tmp_path):
+    program = Path(__file__).with_name("nodes_on_ranks.py")
     results = {}
     for ranks in (1, 2):
-        out = tmp_path / f"{ranks}.pt"
-        base = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + os.getpid() % 300)}
-        command = [sys.executable, str(tmp_path / "ranks.py"), str(out)]
-        running = [
-            subprocess.Popen(command, env=base | ({"RANK": str(r), "WORLD_SIZE": "2"} if ranks == 2 else {}))
-            for r in range(ranks)
-        ]
-        assert [process.wait(timeout=120) for process in running] == [0] * ranks
+        out, errors = str(tmp_path / f"{ranks}.pt"), []
+        assert launch(program, {"out": out}, ranks=ranks, errors=errors) == [0] * ranks, errors
         results[ranks] = torch.load(out, weights_only=True)
     assert results[2][0] == pytest.approx(results[1][0], abs=1e-5)
     for name, value in results[1][1].items():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["GraphMlp", "checkpoint_filter_fn", "n_contrast"]
+__all__ = ["GraphMlp", "SparseLinear", "checkpoint_filter_fn", "drop_features", "n_contrast"]
 
 Form = Literal["published", "paper"]
 
@@ -117,7 +117,7 @@ class GraphMlp(nn.Module):
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"features of shape (N, {self.in_features}) expected, got {tuple(x.shape)}")
         if self.training and self.input_drop_rate:
-            x = _drop(x, self.input_drop_rate)
+            x = drop_features(x, self.input_drop_rate)
         return self.mlp(x)
 
     def forward_head(self, x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class GraphMlp(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _drop(x: Tensor, rate: float) -> Tensor:
+def drop_features(x: Tensor, rate: float) -> Tensor:
     """Dropout of dense features, or of the stored values of sparse ones (their zeros would stay zero anyway)."""
     if x.layout != torch.sparse_csr:
         return F.dropout(x, rate)
