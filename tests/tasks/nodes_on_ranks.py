@@ -18,10 +18,11 @@ with distributed.join("cpu") as device:
     rank, ranks = distributed.rank(), distributed.world_size()
     graph = planted_graph(400, 2000, classes=3, features=8)
     torch.manual_seed(0)
-    task = NodeClassify(GraphMlp(8, 3, hidden_dim=16, drop_rate=0.0), NodeLossConfig(consistency=0.5))
+    task = NodeClassify(GraphMlp(8, 3, hidden_dim=16, drop_rate=0.0), NodeLossConfig(distill=0.5))
     module = distributed.wrap(task, device)
     optimizer = torch.optim.Adam(task.param_groups(5e-3), lr=0.01)
-    batches = NodeBatches(graph, 200, 2, 0, rank=rank, world_size=ranks)
+    soft = torch.rand(400, 3, generator=torch.Generator().manual_seed(1)).softmax(1).numpy()
+    batches = NodeBatches(graph, 200, 2, 0, rank=rank, world_size=ranks, soft=soft)
     losses = []
     for step in range(5):
         out = module(batches[step])

@@ -316,6 +316,7 @@ class NodeBatches:
     A batch starts with the training nodes (a random half batch of them where they are more); the others are drawn
     from all nodes, with replacement ("published": repeats, also of training nodes, stay) or without ("distinct").
     Rank r gets the r-th contiguous slice of the nodes and the rows of the hop weights that belong to it.
+    `soft` (N, C), if given, are class probabilities of all nodes to learn; a batch brings its nodes' rows.
     """
 
     def __init__(
@@ -328,6 +329,7 @@ class NodeBatches:
         sampling: Sampling = "published",
         rank: int = 0,
         world_size: int = 1,
+        soft: np.ndarray | None = None,
     ) -> None:
         if sampling not in ("published", "distinct"):
             raise ValueError(f"sampling must be 'published' or 'distinct', got {sampling!r}")
@@ -336,7 +338,7 @@ class NodeBatches:
         self.size = min(batch_size, graph.num_nodes) if sampling == "distinct" else batch_size
         if self.size % world_size:
             raise ValueError(f"a batch of {self.size} nodes does not divide among {world_size} ranks")
-        self.graph, self.hops, self.seed = graph, hops, seed
+        self.graph, self.hops, self.seed, self.soft = graph, hops, seed, soft
         self.sampling, self.rank, self.world_size = sampling, rank, world_size
         self.normalized = normalized_adjacency(graph.adjacency)
 
@@ -360,7 +362,9 @@ class NodeBatches:
         rows, cols, weights = hop_weights(self.normalized, ids, self.hops, own)
         target = np.full(len(ids), -1, np.int64)
         target[:labelled] = self.graph.labels[ids[:labelled]]
+        soft = {} if self.soft is None else {"soft": torch.from_numpy(self.soft[ids[own]])}
         return {
+            **soft,
             "index": torch.from_numpy(ids[own]),
             "features": feature_rows(self.graph.features, ids[own]),
             "target": torch.from_numpy(target[own]),

@@ -17,6 +17,7 @@ from sparse_mlp.data.graphs import Graph, NodeBatches, Sampling, add_similar, ev
 from sparse_mlp.engine import Loaders, OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.models.graph_mlp import GraphMlp
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
+from sparse_mlp.tasks.teacher import teach
 
 __all__ = ["GraphConfig", "NetworkConfig", "NodeJob", "NodeRecipe", "build_nodes", "node_recipe"]
 
@@ -103,8 +104,9 @@ class NodeJob:
 
 
 def cora() -> NodeRecipe:
-    """Cora: the published setting with agreement of neighbours. sparse-mlp nodes train cora"""
-    return NodeRecipe("cora", GraphConfig("cora"), task=NodeLossConfig(consistency=1.0))
+    """Cora: the published losses, and a teacher's probabilities to learn. sparse-mlp nodes train cora"""
+    task, optim = NodeLossConfig(distill=10.0), OptimConfig(opt="adam", lr=1e-3, weight_decay=5e-4)
+    return NodeRecipe("cora", GraphConfig("cora"), task=task, optim=optim)
 
 
 def citeseer() -> NodeRecipe:
@@ -154,6 +156,8 @@ def build_nodes(recipe: NodeRecipe) -> NodeJob:
     torch.manual_seed(train.seed)
     task = NodeClassify(build_network(recipe.model, graph.features.shape[1], graph.num_classes), recipe.task)
 
+    soft = teach(graph, train.seed) if recipe.task.distill else None
+
     def batches(*, start_step: int, steps: int, rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
         made = NodeBatches(
             graph,
@@ -163,6 +167,7 @@ def build_nodes(recipe: NodeRecipe) -> NodeJob:
             sampling=config.sampling,
             rank=rank,
             world_size=world_size,
+            soft=soft,
         )
         return (made[step] for step in range(start_step, start_step + steps))
 

@@ -1,6 +1,7 @@
 """Node classification: labels of a few nodes, the graph as a loss between embeddings, nothing of it in the model.
 
-total = cross entropy of the labelled nodes + alpha * NContrast (+ consistency * agreement, ours; see docs/graph.md)
+total = cross entropy of the labelled nodes + alpha * NContrast + distill * cross entropy with a teacher's probabilities
+(the last term is ours: docs/graph.md)
 """
 
 from __future__ import annotations
@@ -35,25 +36,17 @@ class NodeLossConfig:
     form: Form = "published"
     """published: what the authors' code computes; paper: the formula. See docs/graph.md."""
 
-    consistency: float = 0.0
-    """Weight of the agreement of a node's prediction with the mean of its r-hop neighbours' in the batch (ours)."""
-
-    temperature: float = 0.5
-    """That mean is sharpened: raised to the power 1 / temperature. Labelled neighbours count with their label."""
-
-    ramp: float = 0.25
-    """Share of the run over which `consistency` rises from 0; agreement of random predictions would be a collapse."""
+    distill: float = 0.0
+    """Weight of the cross entropy with the probabilities of a teacher that passes messages; see tasks/teacher.py."""
 
     similarity: Literal["float32", "bfloat16"] = "float32"
     """Type of the similarities of NContrast."""
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or self.consistency < 0:
-            raise ValueError(f"alpha and consistency must not be negative, got {self.alpha} and {self.consistency}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if not 0 <= self.ramp <= 1:
-            raise ValueError(f"ramp must be between 0 and 1, got {self.ramp}")
+        if not (0 <= self.alpha < float("inf") and 0 <= self.distill < float("inf")):
+            raise ValueError(f"alpha and distill must be at least 0 and finite, got {self.alpha} and {self.distill}")
+        if not self.tau > 0:
+            raise ValueError(f"tau must be positive, got {self.tau}")
         if self.similarity not in ("float32", "bfloat16"):
             raise ValueError(f"similarity must be 'float32' or 'bfloat16', got {self.similarity!r}")
 
@@ -67,10 +60,6 @@ class NodeClassify(Task):
     def __init__(self, model: GraphMlp, config: NodeLossConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.consistency = config.consistency
-
-    def before_step(self, step: int, steps: int) -> None:
-        self.consistency = self.config.consistency * min(1.0, step / max(1.0, self.config.ramp * steps))
 
     def backbone(self) -> nn.Module:
         return self.model
@@ -82,7 +71,7 @@ class NodeClassify(Task):
         return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss with a graph; `nll`, `contrast`, `consistency` and `accuracy` (of the labelled nodes) detached."""
+        """Loss with a graph; `nll`, `contrast`, `distill` and `accuracy` (of the labelled nodes) detached."""
         config, target, ranks = self.config, batch["target"], world_size()
         embedding = self.model.forward_features(batch["features"])
         logits = self.model.forward_head(embedding)
@@ -101,10 +90,10 @@ class NodeClassify(Task):
             out["contrast"] = contrast.detach()
             # already the whole batch's loss, but its gradient only that of this rank's embeddings
             loss = loss + config.alpha * (contrast * ranks - out["contrast"] * (ranks - 1))
-        if self.consistency:
-            agreement = _agreement(logits, target, *pairs, offset, config.temperature)
-            loss = loss + self.consistency * agreement
-            out["consistency"] = agreement.detach()
+        if config.distill:
+            distill = F.cross_entropy(logits, batch["soft"])
+            loss = loss + config.distill * distill
+            out["distill"] = distill.detach()
         return {"loss": loss, **out}
 
     @torch.no_grad()
@@ -135,22 +124,6 @@ class NodeClassify(Task):
         if val.any():
             metrics["val_top1"] = float((logits[val].argmax(1) == target[val]).mean())
         return Evaluation(broadcast(metrics), test)
-
-
-def _agreement(
-    logits: Tensor, target: Tensor, rows: Tensor, cols: Tensor, weights: Tensor, offset: int, temperature: float
-) -> Tensor:
-    """Cross entropy between a node's prediction and the sharpened mean of its neighbours' (itself included)."""
-    with torch.no_grad():
-        belief = logits.softmax(1)
-        known = target >= 0
-        belief[known] = F.one_hot(target[known], logits.shape[1]).to(belief.dtype)
-        everyone = _everyone(belief)
-        local = rows - offset
-        mean = torch.zeros_like(belief).index_add_(0, local, weights[:, None] * everyone[cols])
-        wanted = mean.clamp(min=1e-12).pow(1 / temperature)
-        wanted = wanted / wanted.sum(1, keepdim=True)
-    return F.cross_entropy(logits, wanted)
 
 
 def _everyone(local: Tensor) -> Tensor:
