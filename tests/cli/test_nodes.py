@@ -43,7 +43,8 @@ def test_training_leaves_metrics_weights_and_a_report(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [6, 12]
     assert {"top1", "val_top1", "loss"} <= next(line for line in lines if line["kind"] == "eval").keys()
-    assert "Test accuracy" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "Test accuracy" in page and page.count("<svg") == 3
     assert sorted(path.name for path in (run / "figures").iterdir()) == [
         "accuracy.png",
         "confusion.png",
@@ -97,6 +98,13 @@ def test_prediction_needs_features_only(run, folder, tmp_path):
         (["train", "coar"], "did you mean 'cora'"),
         (["train", "cora", "--train.grad-accum", "2"], "it cannot be cut"),
         (["train", "cora", "--train.amp", "bf16"], "task.similarity bfloat16"),
+        (["train", "cora", "--data.hops", "0"], "hops must be at least 1, got 0"),
+        (["train", "cora", "--data.batch-size", "1"], "batch_size must be at least 2, got 1"),
+        (["train", "cora", "--data.trust", "2"], "trust is a cosine"),
+        (["train", "cora", "--data.similar", "0"], "similar must be at least 1, got 0"),
+        (["train", "cora", "--data.split-seed", "1"], "would be ignored: cora brings its split"),
+        (["train", "cora", "--model.hidden-dim", "0"], "hidden_dim must be at least 1, got 0"),
+        (["train", "cora", "--model.drop-rate", "1.5"], "drop_rate must be at least 0 and below 1, got 1.5"),
         (["train", "cora", "--model.top-k", "2"], "would be ignored: model.num_experts is 0"),
         (["eval"], "nodes eval takes one argument"),
         (["eval", "nowhere"], "nowhere is not a run folder"),
@@ -110,6 +118,26 @@ def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch, tmp_path
     assert main(["nodes", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_graph_without_test_nodes_trains_one_without_any_held_out_does_not(folder, tmp_path, capsys):
+    data = pytest.importorskip("torch_geometric.data")
+    graph = load_graph(str(folder))
+    coo = graph.adjacency.tocoo()
+    edges = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
+    masks = {}
+    for split in ("train", "val"):
+        masks[f"{split}_mask"] = torch.zeros(400, dtype=torch.bool)
+        masks[f"{split}_mask"][graph.splits[split]] = True
+        made = data.Data(
+            x=torch.from_numpy(graph.features), edge_index=edges, y=torch.from_numpy(graph.labels), **masks
+        )
+        torch.save(made, tmp_path / "data.pt")
+        code = main(["nodes", "train", str(tmp_path), "--out", str(tmp_path / split), *SHORT])
+        assert code == (2 if split == "train" else 0)
+    assert "there are no validation or test nodes" in capsys.readouterr().err
+    assert "Validation accuracy" in (tmp_path / "val" / "report.html").read_text()
+    assert not (tmp_path / "train").exists()
 
 
 def test_features_that_do_not_fit_are_named(run, tmp_path, capsys):

@@ -109,6 +109,10 @@ def test_evaluation_sees_every_node_once_over_the_ranks(graph):
         ({"features": np.full((4, 2), np.nan)}, "8 features are NaN or infinite"),
         ({"splits": {"train": np.array([0, 2])}}, "no training node of class 1"),
         ({"splits": {"train": np.array([0, 1, 9])}}, "node id out of range in split 'train'"),
+        (
+            {"splits": {"train": np.array([0, 1]), "test": np.array([1, 2])}},
+            "1 nodes are in the splits 'train' and 'test'",
+        ),
         ({"labels": np.full(4, -1)}, "no node has a label"),
         ({"features": -np.eye(4, dtype=np.float32), "row_normalize": True}, "negative features have no row sum"),
     ],
@@ -218,10 +222,24 @@ def test_a_saved_data_is_read_without_running_code(tmp_path):
     graph = load_graph(str(tmp_path))
     assert graph.num_edges == 1 and graph.splits["train"].tolist() == [0, 1]
     torch.save({"x": Attack()}, tmp_path / "data.pt")
-    with pytest.raises(ValueError, match="refused"):
+    with pytest.raises(ValueError, match=r"refused: it names [a-z_]+\.print, which no graph needs"):
         load_graph(str(tmp_path))
     with pytest.raises(ValueError, match="train_mask has 3 entries for the features of 4 nodes"):
         from_data({"x": torch.eye(4), "edge_index": made.edge_index, "y": made.y, "train_mask": torch.ones(3).bool()})
+
+
+def test_masks_of_several_columns_are_several_splits():
+    rows = {"x": torch.eye(4), "edge_index": torch.tensor([[0, 1], [1, 0]]), "y": torch.tensor([0, 1, 0, 1])}
+    masks = {"train_mask": torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]]).bool()}
+    for column, train in ((0, [0, 1]), (1, [2, 3])):
+        assert from_data(rows | masks, split_seed=column).splits["train"].tolist() == train
+    with pytest.raises(ValueError, match="split_seed 2 given, but train_mask has columns 0 to 1"):
+        from_data(rows | masks, split_seed=2)
+    with pytest.raises(ValueError, match=r"edge_index holds node ids, but is of type torch\.float32"):
+        from_data(rows | masks | {"edge_index": torch.ones(2, 1)})
+    one = {"train_mask": masks["train_mask"][:, 0]}
+    with pytest.raises(ValueError, match="split_seed 1 would be ignored: graph brings its split"):
+        from_data(rows | one, split_seed=1)
 
 
 def test_unknown_graphs_name_the_nearest(tmp_path):
@@ -229,6 +247,8 @@ def test_unknown_graphs_name_the_nearest(tmp_path):
         load_graph("pubmet")
     with pytest.raises(FileNotFoundError, match="holds none of"):
         load_graph(str(tmp_path))
+    with pytest.raises(ValueError, match=r"root .* would be ignored"):
+        load_graph(str(tmp_path), tmp_path)
     with pytest.raises(FileNotFoundError, match="set SPARSE_MLP_DATA"):
         load_graph("cora", tmp_path)
 

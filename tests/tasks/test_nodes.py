@@ -87,6 +87,8 @@ def test_two_ranks_learn_what_one_learns(launch, tmp_path):
         ({"alpha": -1.0}, "must be at least 0 and finite, got -1.0"),
         ({"distill": float("nan")}, "must be at least 0 and finite, got 10.0 and nan"),
         ({"tau": 0.0}, "tau must be positive, got 0.0"),
+        ({"tau": 1e9}, "above 40.0 float32 runs out of range"),
+        ({"alpha": 0.0, "similarity": "bfloat16"}, "would be ignored: alpha is 0"),
         ({"similarity": "int8"}, "'float32' or 'bfloat16', got 'int8'"),
     ],
 )

@@ -131,7 +131,7 @@ def _finish(
     model = _network(run, recipe)
     with torch.no_grad():
         embedding = model.forward_features(feature_rows(graph.features, predictions["index"])).numpy()
-    report = write_node_report(run.path, recipe.name, embedding, predictions)
+    report = write_node_report(run.path, graph.name, graph.num_nodes, graph.num_edges, embedding, predictions)
     scores = ", ".join(f"{name} {metrics[name]:.2%}" for name in ("val_top1", "top1") if name in metrics)
     _say(f"{scores}; report: {report}")
 

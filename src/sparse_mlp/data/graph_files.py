@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ def load_graph(
         if name in _NPZ:
             return random_split(_read_npz(_find(root, f"{_NPZ[name]}.npz"), name, row_normalize), split_seed)
         path = _find(root, f"ind.{name}.graph")
-        return from_arrays(name, *read_planetoid(path.parent, name), row_normalize=row_normalize is not False)
+        return _planetoid(path.parent, name, split_seed, row_normalize)
     folder = Path(source)
+    if root is not None and folder.exists():
+        raise ValueError(f"root {root} would be ignored: {source} is a folder or file, not a named graph")
     if not folder.exists():
         near = difflib.get_close_matches(source.lower(), NAMES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -71,7 +74,7 @@ def _read_folder(folder: Path, split_seed: int, row_normalize: bool | None) -> G
     for place in (folder, folder / "raw"):
         if planetoid := sorted(place.glob("ind.*.graph")):
             name = planetoid[0].name.split(".")[1]
-            return from_arrays(name, *read_planetoid(place, name), row_normalize=row_normalize is not False)
+            return _planetoid(place, name, split_seed, row_normalize)
         if archives := sorted(place.glob("*.npz")):
             return random_split(_read_npz(archives[0], archives[0].stem, row_normalize), split_seed)
         if (place / "edge.csv.gz").is_file():
@@ -80,6 +83,20 @@ def _read_folder(folder: Path, split_seed: int, row_normalize: bool | None) -> G
         if saved.is_file():
             return _read_saved(saved, split_seed, bool(row_normalize))
     raise FileNotFoundError(f"{folder} holds none of ind.NAME.graph, *.npz, data.pt, raw/edge.csv.gz")
+
+
+def _planetoid(folder: Path, name: str, split_seed: int, row_normalize: bool | None) -> Graph:
+    graph = from_arrays(name, *read_planetoid(folder, name), row_normalize=row_normalize is not False)
+    return _split(graph, split_seed)
+
+
+def _split(graph: Graph, seed: int) -> Graph:
+    """The graph with the split it brought, or a random one."""
+    if not graph.splits:
+        return random_split(graph, seed)
+    if seed:
+        raise ValueError(f"split_seed {seed} would be ignored: {graph.name} brings its split")
+    return graph
 
 
 def _read_npz(path: Path, name: str, row_normalize: bool | None) -> Graph:
@@ -116,28 +133,45 @@ def _read_saved(path: Path, split_seed: int, row_normalize: bool) -> Graph:
         with torch.serialization.safe_globals(plain):  # classes that hold tensors; any other is refused
             saved = torch.load(path, weights_only=True)
     except Exception as error:  # pickle and torch raise several kinds
-        raise ValueError(f"{path}: refused: {str(error).splitlines()[0]}") from error
+        named = re.search(
+            r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)
+        )  # torch's own advice is to trust it
+        why = f"it names {named[1]}, which no graph needs" if named else str(error).splitlines()[0]
+        raise ValueError(f"{path}: refused: {why}") from error
     if isinstance(saved, tuple):  # torch_geometric's InMemoryDataset: (data or its dict, slices, class)
         saved = saved[0]
     return from_data(saved, path.parent.name, row_normalize=row_normalize, split_seed=split_seed)
 
 
 def from_data(data: Any, name: str = "graph", *, row_normalize: bool = False, split_seed: int = 0) -> Graph:
-    """From a `torch_geometric.data.Data` (or a dict with its keys): x, edge_index, y and, if there, *_mask."""
+    """From a `torch_geometric.data.Data` (or a dict with its keys): x, edge_index, y and, if there, *_mask.
+
+    Masks of several columns hold several splits; `split_seed` says which one.
+    """
     get = data.get if isinstance(data, dict) else lambda key: getattr(data, key, None)
     x, edge_index, y = (get(key) for key in ("x", "edge_index", "y"))
     if x is None or edge_index is None or y is None:
         raise ValueError(f"{name}: a graph needs x, edge_index and y")
-    masks = {split: get(f"{split}_mask") for split in ("train", "val", "test")}
-    splits = {
-        split: mask.nonzero()[:, 0].numpy() for split, mask in masks.items() if mask is not None and mask.ndim == 1
-    }
-    for split, mask in masks.items():
-        if mask is not None and len(mask) != x.shape[0]:
+    if edge_index.is_floating_point():
+        raise ValueError(f"{name}: edge_index holds node ids, but is of type {edge_index.dtype}")
+    splits, columns = {}, 0
+    for split in ("train", "val", "test"):
+        mask = get(f"{split}_mask")
+        if mask is None:
+            continue
+        if len(mask) != x.shape[0]:
             raise ValueError(f"{name}: {split}_mask has {len(mask)} entries for the features of {x.shape[0]} nodes")
+        if mask.ndim == 2:  # several splits, one a column
+            columns = mask.shape[1]
+            if not 0 <= split_seed < columns:
+                raise ValueError(
+                    f"{name}: split_seed {split_seed} given, but {split}_mask has columns 0 to {columns - 1}"
+                )
+            mask = mask[:, split_seed]
+        splits[split] = mask.nonzero()[:, 0].numpy()
     arrays = x.to_dense().float().numpy(), edge_index.numpy(), y.reshape(-1).long().numpy()
     graph = from_arrays(name, *arrays, splits, row_normalize=row_normalize)
-    return graph if splits else random_split(graph, split_seed)
+    return graph if columns else _split(graph, split_seed)
 
 
 def _read_ogb(raw: Path, folder: Path, split_seed: int, row_normalize: bool) -> Graph:
@@ -157,4 +191,4 @@ def _read_ogb(raw: Path, folder: Path, split_seed: int, row_normalize: bool) -> 
     arrays = table("node-feat", np.float32), table("edge", np.int64).T, table("node-label", np.float64).reshape(-1)
     labels = np.nan_to_num(arrays[2], nan=-1).astype(np.int64)
     graph = from_arrays(folder.name, arrays[0], arrays[1], labels, splits, row_normalize=row_normalize)
-    return graph if splits else random_split(graph, split_seed)
+    return _split(graph, split_seed)

@@ -105,6 +105,9 @@ def with_splits(graph: Graph, splits: dict[str, np.ndarray]) -> Graph:
         if (graph.labels[ids] < 0).any() and split != "test":
             raise ValueError(f"{graph.name}: split {split!r} holds nodes without a label")
     train = splits.get("train", np.empty(0, np.int64))
+    for split in ("val", "test"):
+        if shared := np.intersect1d(train, splits.get(split, train[:0])).size:
+            raise ValueError(f"{graph.name}: {shared} nodes are in the splits 'train' and {split!r}")
     missing = sorted(set(range(graph.num_classes)) - set(graph.labels[train].tolist()))
     if missing:
         raise ValueError(f"{graph.name}: no training node of class {', '.join(map(str, missing))}")

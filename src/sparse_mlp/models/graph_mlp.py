@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["GraphMlp", "SparseLinear", "checkpoint_filter_fn", "drop_features", "n_contrast"]
+__all__ = ["GraphMlp", "SparseLinear", "checkpoint_filter_fn", "cosine_scale", "drop_features", "n_contrast"]
 
 Form = Literal["published", "paper"]
 
@@ -104,6 +104,11 @@ class GraphMlp(nn.Module):
         expert_dim: int = 128,
     ) -> None:
         super().__init__()
+        if hidden_dim < 1:
+            raise ValueError(f"hidden_dim must be at least 1, got {hidden_dim}")
+        for name, rate in (("drop_rate", drop_rate), ("input_drop_rate", input_drop_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
         self.in_features, self.num_classes = in_features, num_classes
         self.input_drop_rate = input_drop_rate
         if num_experts:
@@ -145,6 +150,18 @@ def _alone(values: Tensor) -> Tensor:
     return values
 
 
+def cosine_scale(tau: float, form: Form) -> float:
+    """What cosines are multiplied by: tau in the published form, 1 / tau in the paper's. ValueError out of range."""
+    if form not in ("published", "paper"):
+        raise ValueError(f"form must be 'published' or 'paper', got {form!r}")
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, got {tau}")
+    scale = tau if form == "published" else 1 / tau
+    if scale > MAX_SCALE:
+        raise ValueError(f"tau {tau} scales cosines by {scale:g}; above {MAX_SCALE} float32 runs out of range")
+    return scale
+
+
 def n_contrast(
     embedding: Tensor,
     rows: Tensor,
@@ -176,14 +193,8 @@ def n_contrast(
 
     The gradient is that of the whole batch's loss with respect to the local embeddings: nothing else is exchanged.
     """
-    if form not in ("published", "paper"):
-        raise ValueError(f"form must be 'published' or 'paper', got {form!r}")
-    if tau <= 0:
-        raise ValueError(f"tau must be positive, got {tau}")
+    scale = cosine_scale(tau, form)
     unit = F.normalize(embedding, dim=1)
-    scale = tau if form == "published" else 1 / tau
-    if scale > MAX_SCALE:
-        raise ValueError(f"tau {tau} scales cosines by {scale:g}; above {MAX_SCALE} float32 runs out of range")
     if form == "paper":
         other = rows != cols
         rows, cols, weights = rows[other], cols[other], weights[other]

@@ -36,7 +36,8 @@ class GraphConfig:
     """Divide the features of a node by their sum. Left out: for named graphs and their file formats only."""
 
     split_seed: int = 0
-    """Of the random split, 20 training and 30 validation nodes per class, where the data bring none."""
+    """Of the random split, 20 training and 30 validation nodes per class, where the data bring none; where masks have
+    several columns, the column."""
 
     batch_size: int = 2000
     """Nodes in a step, all ranks together."""
@@ -52,6 +53,18 @@ class GraphConfig:
 
     similar: int | None = None
     """Add edges from each node to so many of the most similar features; looks at every pair of nodes."""
+
+    def __post_init__(self) -> None:
+        if self.hops < 1:
+            raise ValueError(
+                f"hops must be at least 1, got {self.hops}; without hops there is no graph, that is task.alpha 0"
+            )
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
+        if self.trust is not None and not -1 <= self.trust < 1:
+            raise ValueError(f"trust is a cosine, at least -1 and below 1; got {self.trust}")
+        if self.similar is not None and self.similar < 1:
+            raise ValueError(f"similar must be at least 1, got {self.similar}")
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,8 @@ def build_nodes(recipe: NodeRecipe) -> NodeJob:
     if train.amp is not None:
         raise ValueError(f"train.amp {train.amp} is not for node runs; task.similarity bfloat16 is where the time goes")
     graph = load_nodes(config)
+    if not any(len(graph.splits.get(split, ())) for split in ("val", "test")):
+        raise ValueError(f"{graph.name}: there are no validation or test nodes to evaluate on")
     if config.trust is not None:
         graph = trust_edges(graph, config.trust)
     if config.similar is not None:

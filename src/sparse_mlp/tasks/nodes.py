@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_mlp.distributed import broadcast, gather, rank, world_size
 from sparse_mlp.engine import Batch, Evaluation, Task
-from sparse_mlp.models.graph_mlp import Form, GraphMlp, n_contrast
+from sparse_mlp.models.graph_mlp import Form, GraphMlp, cosine_scale, n_contrast
 
 __all__ = ["NodeClassify", "NodeLossConfig"]
 
@@ -45,10 +45,11 @@ class NodeLossConfig:
     def __post_init__(self) -> None:
         if not (0 <= self.alpha < float("inf") and 0 <= self.distill < float("inf")):
             raise ValueError(f"alpha and distill must be at least 0 and finite, got {self.alpha} and {self.distill}")
-        if not self.tau > 0:
-            raise ValueError(f"tau must be positive, got {self.tau}")
+        cosine_scale(self.tau, self.form)
         if self.similarity not in ("float32", "bfloat16"):
             raise ValueError(f"similarity must be 'float32' or 'bfloat16', got {self.similarity!r}")
+        if not self.alpha and (self.form, self.similarity) != ("published", "float32"):
+            raise ValueError("form and similarity would be ignored: alpha is 0, there is no NContrast")
 
 
 class NodeClassify(Task):

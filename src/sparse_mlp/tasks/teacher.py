@@ -56,8 +56,8 @@ def teach(graph: Graph, seed: int) -> np.ndarray:
             model = Appnp(x.shape[1], graph.num_classes)
         except ImportError as error:
             raise ValueError("task.distill needs torch_geometric: pip install 'sparse-mlp[graph]'") from error
-        groups = [{"params": model.fc1.parameters(), "weight_decay": WEIGHT_DECAY}, {"params": model.fc2.parameters()}]
-        optimizer = torch.optim.Adam(groups, lr=LR)
+        optimizer = torch.optim.Adam(model.fc1.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+        optimizer.add_param_group({"params": model.fc2.parameters(), "weight_decay": 0.0})
         best, taught = -1.0, torch.empty(0)
         for _ in range(EPOCHS):
             model.train()
