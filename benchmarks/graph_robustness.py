@@ -1,6 +1,6 @@
 """Accuracy with a share of the edges replaced by random ones, at test time and before training.
 
-    SPARSE_MLP_DATA=... python benchmarks/graph_robustness.py [--graphs cora] [--seeds 2]
+    SPARSE_MLP_DATA=... python benchmarks/graph_robustness.py [--graphs cora] [--seeds 2] [--methods ...]
 
 Before training, three networks are trained on the corrupted graph: on all edges; on the edges whose ends have
 similar features, with edges to each node's five most similar ones ("trust"); and on labels alone. "validated" is the

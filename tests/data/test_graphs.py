@@ -222,7 +222,7 @@ def test_a_saved_data_is_read_without_running_code(tmp_path):
     graph = load_graph(str(tmp_path))
     assert graph.num_edges == 1 and graph.splits["train"].tolist() == [0, 1]
     torch.save({"x": Attack()}, tmp_path / "data.pt")
-    with pytest.raises(ValueError, match=r"refused: it names [a-z_]+\.print, which no graph needs"):
+    with pytest.raises(ValueError, match="refused: it names print, which no graph needs"):
         load_graph(str(tmp_path))
     with pytest.raises(ValueError, match="train_mask has 3 entries for the features of 4 nodes"):
         from_data({"x": torch.eye(4), "edge_index": made.edge_index, "y": made.y, "train_mask": torch.ones(3).bool()})

@@ -98,9 +98,7 @@ def _map(embedding: np.ndarray, target: np.ndarray, names: list[str]) -> Figure:
         own = target[rows] == label
         if own.any():
             axes.scatter(plane[own, 0], plane[own, 1], s=4, linewidths=0, color=colour, label=names[label])
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.grid(False)
+    axes.set_axis_off()
     axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2.5, handletextpad=0.1)
     title(axes, "Embedding", margin=0.1)
     return figure
@@ -130,11 +128,11 @@ def _comparison(graph: str, accuracy: float) -> Figure:
     figure, axes = panel(3.75, 2.9, left=0.85, right=0.4)
     names, values = zip(*bars, strict=True)
     colours = [ORANGE if name == "this run" else BLUE if name == "Graph-MLP" else "#a9b0ba" for name in names]
-    axes.barh(names, values, color=colours, height=0.7)
+    axes.scatter(values, range(len(values)), c=colours, s=28)
+    axes.set_yticks(range(len(values)), names)
     for place, value in enumerate(values):
-        axes.text(value + 0.5, place, f"{value:.1f}", va="center", fontsize=7, color=INK)
-    axes.set_xlim(min(values) - 5, max(values) + 2)
-    axes.grid(False)
+        axes.text(value + 0.9, place, f"{value:.1f}", va="center", fontsize=7, color=INK)
+    axes.set_xlim(min(values) - 2, max(values) + 3)
     axes.set_xlabel("test accuracy, %")
     title(axes, "Beside the paper's table")
     return figure
