@@ -225,7 +225,9 @@ def test_is_built_in_the_wanted_dtype(name):
     model = timm.create_model(name, dtype=torch.bfloat16, device="cpu").eval()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with torch.inference_mode():
-        assert model(_images(name).bfloat16()).isfinite().all()
+        assert model(_images(name).bfloat16()).dtype == torch.bfloat16
+        # with the batch's statistics: an untrained Hire-MLP-L on its running ones, 0 and 1, overflows bfloat16
+        assert model.train()(_images(name).bfloat16()).isfinite().all()
 
 
 @each_system
