@@ -11,9 +11,7 @@ MKL, which on an AMD CPU of this decade reaches half of what oneDNN does (benchm
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_mlp.moe import dispatch
 from sparse_mlp.moe.eager import runs_eagerly_on_cpu
+from sparse_mlp.moe.memory import gradient_like
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -89,32 +88,6 @@ def _matmul_gelu(a: Tensor, b: Tensor, onednn: bool, bias: Tensor, gelu: str) ->
     return F.gelu(torch.addmm(bias, a, b), approximate=gelu)
 
 
-def _gradient_like(weight: Tensor) -> Tensor:
-    """Room for the gradient of all experts, in huge pages where Linux grants them.
-
-    Such an allocation is fresh memory at every step: at 64 experts, taking it in pages of 4 KiB costs more time than
-    all matrix products. The call is advice; where it fails nothing is lost but the speed.
-    """
-    gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    if _MADVISE is not None and gradient.device.type == "cpu" and gradient.nbytes >= 2 * _HUGE_PAGE:
-        start = -(-gradient.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        _MADVISE(start, gradient.data_ptr() + gradient.nbytes - start, mmap.MADV_HUGEPAGE)
-    return gradient
-
-
-def _find_madvise() -> Callable[[int, int, int], int] | None:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise is not None:
-        madvise.argtypes, madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
-    return madvise
-
-
-_MADVISE = _find_madvise()
-_HUGE_PAGE = 2**21
-
-
 def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:
     """Each expert that has items, with its rows."""
     start = 0
@@ -174,8 +147,8 @@ class _SortedExperts(torch.autograd.Function):
         segments = list(_segments(ctx.counts))
         need_x, need_w1, need_b1, need_w2, need_b2, need_gates = ctx.needs_input_grad[:6]
         dx = torch.zeros_like(x_ND, memory_format=torch.contiguous_format) if need_x else None
-        dw1 = _gradient_like(w1) if need_w1 else None
-        dw2 = _gradient_like(w2) if need_w2 else None
+        dw1 = gradient_like(w1) if need_w1 else None
+        dw2 = gradient_like(w2) if need_w2 else None
         db1 = w1.new_empty(w1.shape[0], w1.shape[2]) if need_b1 else None
         db2 = w2.new_empty(w2.shape[0], w2.shape[2]) if need_b2 else None
         dgates = torch.empty_like(gates_M) if need_gates else None

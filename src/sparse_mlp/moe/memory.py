@@ -1,0 +1,68 @@
+"""Room for the gradients of all experts: large, and on a CPU fresh memory at every step, which is dear.
+
+At 64 experts, taking a gradient from the system in pages of 4 KiB costs more time than all matrix products. So it is
+taken in huge pages where Linux grants them, and from `KEEP_FROM` bytes on it is kept for the next step, as an allocator
+for a GPU would; below, the memory matters more than the time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+KEEP_FROM = 2**27
+_HUGE_PAGE = 2**21
+_free: dict[int, list[mmap.mmap]] = {}  # blocks whose tensors are gone, by size
+
+
+def gradient_like(weight: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of the weight's shape, type and device."""
+    plain = weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter)
+    if plain and weight.nbytes >= KEEP_FROM:
+        return torch.frombuffer(_lease(weight.nbytes), dtype=weight.dtype).view(weight.shape)
+    gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if plain and weight.nbytes >= 2 * _HUGE_PAGE and _MADVISE is not None:
+        start = -(-gradient.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        # advice: where it fails nothing is lost but the speed
+        _MADVISE(start, gradient.data_ptr() + gradient.nbytes - start, mmap.MADV_HUGEPAGE)
+    return gradient
+
+
+def give_back() -> None:
+    """Return to the system what lies free."""
+    _free.clear()
+
+
+def _lease(size: int) -> ctypes.Array:
+    """A block of memory for as long as the result lives; then the block lies free for the next lease of its size."""
+    if not _free.get(size):
+        give_back()  # the sizes have changed, or more is in use than ever: what lies free may never fit again
+        block = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)
+        _free[size] = [block]
+    block = _free[size].pop()
+    lease = (ctypes.c_char * size).from_buffer(block)
+    weakref.finalize(lease, _take_back, size, block).atexit = False
+    return lease
+
+
+def _take_back(size: int, block: mmap.mmap) -> None:
+    _free.setdefault(size, []).append(block)
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is not None:
+        madvise.argtypes, madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return madvise
+
+
+_MADVISE = _find_madvise()
