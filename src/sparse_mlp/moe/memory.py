@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 KEEP_FROM = 2**27
+# Python's default would be memory shared with forked processes, in small pages; Windows has no such flags
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _HUGE_PAGE = 2**21
 _free: dict[int, list[mmap.mmap]] = {}  # blocks whose tensors are gone, by size
 
@@ -42,7 +44,7 @@ def _lease(size: int) -> ctypes.Array:
     """A block of memory for as long as the result lives; then the block lies free for the next lease of its size."""
     if not _free.get(size):
         give_back()  # the sizes have changed, or more is in use than ever: what lies free may never fit again
-        block = mmap.mmap(-1, size)
+        block = mmap.mmap(-1, size, **_PRIVATE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             block.madvise(mmap.MADV_HUGEPAGE)
         _free[size] = [block]
