@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from sparse_mlp import distributed, recipes
 from sparse_mlp.cli import pretrain
-from sparse_mlp.cli.parse import parse, split_names
+from sparse_mlp.cli.parse import parse, run_action, split_names
 from sparse_mlp.cli.probe import measure_knn
 from sparse_mlp.cli.running import check_resume, is_finished, train
 from sparse_mlp.cli.showing import console, count_macs
@@ -67,16 +65,7 @@ class TableArguments:
 
 
 def run(arguments: list[str]) -> int:
-    actions = {"run": _run, "table": _table}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_HELP)
-        return 0 if arguments else 2
-    if arguments[0] not in actions:
-        near = difflib.get_close_matches(arguments[0], actions, 1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise ValueError(f"unknown action {arguments[0]!r} of headline; allowed are {', '.join(actions)}{hint}")
-    actions[arguments[0]](arguments[1:])
-    return 0
+    return run_action("headline", {"run": _run, "table": _table}, arguments, _HELP)
 
 
 def _run(arguments: list[str]) -> None:

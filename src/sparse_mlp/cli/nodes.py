@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from sparse_mlp import distributed
-from sparse_mlp.cli.parse import parse, split_names
+from sparse_mlp.cli.parse import parse, run_action, split_names
 from sparse_mlp.cli.running import choose_folder
 from sparse_mlp.data.graph_files import NAMES
 from sparse_mlp.data.graphs import Graph, eval_batches, feature_rows, rows_sum_to_one
@@ -60,16 +59,7 @@ class PredictArguments:
 
 
 def run(arguments: list[str]) -> int:
-    actions = {"train": _train, "eval": _eval, "predict": _predict}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_HELP)
-        return 0 if arguments else 2
-    if arguments[0] not in actions:
-        near = difflib.get_close_matches(arguments[0], actions, 1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise ValueError(f"unknown action {arguments[0]!r} of nodes; allowed are {', '.join(actions)}{hint}")
-    actions[arguments[0]](arguments[1:])
-    return 0
+    return run_action("nodes", {"train": _train, "eval": _eval, "predict": _predict}, arguments, _HELP)
 
 
 def _train(arguments: list[str]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -37,6 +38,21 @@ def split_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words before the first option, and the rest."""
     count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     return list(arguments[:count]), list(arguments[count:])
+
+
+def run_action(
+    command: str, actions: Mapping[str, Callable[[list[str]], None]], arguments: list[str], usage: str
+) -> int:
+    """Call the action of a command that its first word names. ValueError, with the nearest name, for an unknown one."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage)
+        return 0 if arguments else 2
+    if arguments[0] not in actions:
+        near = difflib.get_close_matches(arguments[0], actions, 1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ValueError(f"unknown action {arguments[0]!r} of {command}; allowed are {', '.join(actions)}{hint}")
+    actions[arguments[0]](arguments[1:])
+    return 0
 
 
 def option(options: Sequence[str], name: str) -> str | None:
