@@ -1,8 +1,8 @@
 """Room for the gradients of all experts: large, and on a CPU fresh memory at every step, which is dear.
 
 At 64 experts, taking a gradient from the system in pages of 4 KiB costs more time than all matrix products. So it is
-taken in huge pages where Linux grants them, and from `KEEP_FROM` bytes on it is kept for the next step, as an allocator
-for a GPU would; below, the memory matters more than the time.
+taken in huge pages where Linux grants them, and from `KEEP_FROM` bytes on, where glibc would give it back to the system
+at every step, it is kept for the next one, as an allocator for a GPU would.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-KEEP_FROM = 2**27
+KEEP_FROM = 2**25
 # Python's default would be memory shared with forked processes, in small pages; Windows has no such flags
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _HUGE_PAGE = 2**21
@@ -33,6 +33,11 @@ def gradient_like(weight: Tensor) -> Tensor:
         # advice: where it fails nothing is lost but the speed
         _MADVISE(start, gradient.data_ptr() + gradient.nbytes - start, mmap.MADV_HUGEPAGE)
     return gradient
+
+
+def kept() -> int:
+    """Bytes that lie free for the next step."""
+    return sum(size * len(blocks) for size, blocks in _free.items())
 
 
 def give_back() -> None:
