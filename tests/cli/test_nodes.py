@@ -52,6 +52,12 @@ def test_training_leaves_metrics_weights_and_a_report(run):
     ]
 
 
+def test_nodes_are_not_called_images(folder, tmp_path, capsys):
+    assert main(["nodes", "train", str(folder), "--out", str(tmp_path / "run"), *SHORT]) == 0
+    told = capsys.readouterr().err
+    assert "nodes/s" in told and "images" not in told
+
+
 def test_evaluation_repeats_the_last_one(run, capsys):
     assert main(["nodes", "eval", str(run)]) == 0
     again = json.loads(capsys.readouterr().out)

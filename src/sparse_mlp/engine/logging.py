@@ -150,9 +150,9 @@ def _scalars(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]
 class ProgressBar:
     """A live bar on a terminal, else a plain line now and then; on standard error. Silent where `show` is False."""
 
-    def __init__(self, step: int, steps: int, steps_per_epoch: int, *, show: bool) -> None:
+    def __init__(self, step: int, steps: int, steps_per_epoch: int, *, show: bool, items: str = "images") -> None:
         self._console = Console(stderr=True, quiet=not show, highlight=False)
-        self._steps, self._steps_per_epoch = steps, steps_per_epoch
+        self._steps, self._steps_per_epoch, self._items = steps, steps_per_epoch, items
         self._said_at = -math.inf
         self._live: Progress | None = None
         if show and self._console.is_terminal:
@@ -184,7 +184,7 @@ class ProgressBar:
         """Show a line of training metrics: loss, what the task measures, speed, and (plain) the time left."""
         shown = [name for name in values if name not in _NOT_SHOWN]
         parts = [f"{name} {values[name]:.3f}" for name in shown]
-        parts.append(f"{values['images_per_s']:,.0f} images/s")
+        parts.append(f"{values['images_per_s']:,.0f} {self._items}/s")
         if self._live:
             self._live.update(self._bar, description="  ".join(parts))
             return

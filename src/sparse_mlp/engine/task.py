@@ -52,6 +52,9 @@ class Task(nn.Module):
     """How often a forward of the task runs the model. Each pass of a MoE layer adds the gradient of its own balance
     loss; the engine weighs them so that their mean counts."""
 
+    items: str = "images"
+    """What a batch consists of, for the progress bar's items/s."""
+
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss` (scalar with a graph, mean over the items) and metrics to average (scalars, detached)."""

@@ -70,7 +70,8 @@ class Trainer:
             self._begin(resume)
             self.stop = stack.enter_context(StopRequest())
             self.log = stack.enter_context(MetricsLog(self.run, self.step)) if is_main() else None
-            bar = ProgressBar(self.step, self.steps, self.loaders.steps_per_epoch, show=show and is_main())
+            steps = (self.step, self.steps, self.loaders.steps_per_epoch)
+            bar = ProgressBar(*steps, show=show and is_main(), items=self.learner.task.items)
             self.bar = stack.enter_context(bar)
             if resume:
                 self._event("resumed", ranks=world_size(), environment=environment())

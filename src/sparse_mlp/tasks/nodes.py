@@ -58,6 +58,8 @@ class NodeClassify(Task):
     Training batches are those of `data.graphs.NodeBatches`; evaluation ones hold `features`, `target`, `index`, `val`.
     """
 
+    items = "nodes"
+
     def __init__(self, model: GraphMlp, config: NodeLossConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
