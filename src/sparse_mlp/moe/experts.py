@@ -65,13 +65,12 @@ def _rows(n: int, onednn: bool) -> int:
 
 def _gather(x_ND: Tensor, items: Tensor, room: Tensor) -> Tensor:
     """The items' rows of x in `room`, then zeros to its end."""
-    torch.index_select(x_ND, 0, items, out=room[: len(items)])
-    room[len(items) :].zero_()
+    n = len(items)
+    if n == len(room):
+        return torch.index_select(x_ND, 0, items, out=room)
+    torch.index_select(x_ND, 0, items, out=room[:n])
+    room[n:].zero_()
     return room
-
-
-def _gelu(hidden: Tensor, gelu: str, room: Tensor) -> Tensor:
-    return torch.ops.aten.gelu.out(hidden, approximate=gelu, out=room[: len(hidden)])
 
 
 def _matmul(a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None) -> Tensor:
@@ -88,13 +87,15 @@ def _matmul_gelu(a: Tensor, b: Tensor, onednn: bool, bias: Tensor, gelu: str) ->
     return F.gelu(torch.addmm(bias, a, b), approximate=gelu)
 
 
-def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Each expert that has items, with its rows."""
-    start = 0
-    for e, n in enumerate(counts):
-        if n:
-            yield e, slice(start, start + n)
-        start += n
+def _segments(items_M: Tensor, gates_M: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert that has items, with those and their gates (n, 1)."""
+    parts = zip(items_M.split(counts), gates_M.unsqueeze(1).split(counts), strict=True)
+    return ((e, items, gates) for e, (items, gates) in enumerate(parts) if len(items))
+
+
+def _by_expert(*stacks: Tensor) -> list[tuple[Tensor, ...]]:
+    """Entry e of each stack, for all e: one operation a stack and not one an expert."""
+    return list(zip(*(stack.unbind() for stack in stacks), strict=True))
 
 
 def _run_sorted(
@@ -111,12 +112,13 @@ def _run_sorted(
     """sum_k gate_k expert_k(x), expert by expert, without a backward."""
     y_ND = torch.zeros_like(x_ND, memory_format=torch.contiguous_format)
     onednn = _use_onednn(x_ND)
+    weights = _by_expert(w1, b1, w2, b2)
     room_D = x_ND.new_empty(_rows(max(counts), onednn), x_ND.shape[1])
-    for e, rows in _segments(counts):
-        items = items_M[rows]
+    for e, items, gates in _segments(items_M, gates_M, counts):
+        w1_e, b1_e, w2_e, b2_e = weights[e]
         x_e = _gather(x_ND, items, room_D[: _rows(len(items), onednn)])
-        outputs = _matmul(_matmul_gelu(x_e, w1[e], onednn, b1[e], gelu), w2[e], onednn, b2[e])[: len(items)]
-        y_ND.index_add_(0, items, outputs.mul_(gates_M[rows, None]))  # an item appears once per expert: no collisions
+        outputs = _matmul(_matmul_gelu(x_e, w1_e, onednn, b1_e, gelu), w2_e, onednn, b2_e)[: len(items)]
+        y_ND.index_add_(0, items, outputs.mul_(gates))  # an item appears once per expert: no collisions
     return y_ND
 
 
@@ -127,14 +129,16 @@ class _SortedExperts(torch.autograd.Function):
     def forward(ctx, x_ND, w1, b1, w2, b2, gates_M, items_M, counts, gelu):  # type: ignore[no-untyped-def]
         y_ND = torch.zeros_like(x_ND, memory_format=torch.contiguous_format)
         onednn = _use_onednn(x_ND)
+        weights = _by_expert(w1, b1, w2, b2)
         room_D, room_H = (x_ND.new_empty(_rows(max(counts), onednn), width) for width in w1.shape[1:])
         hidden_by_expert = []
-        for e, rows in _segments(counts):
-            items = items_M[rows]
-            x_e = _gather(x_ND, items, room_D[: _rows(len(items), onednn)])
-            hidden = _matmul(x_e, w1[e], onednn, b1[e])
-            outputs = _matmul(_gelu(hidden, gelu, room_H), w2[e], onednn, b2[e])[: len(items)]
-            y_ND.index_add_(0, items, outputs.mul_(gates_M[rows, None]))
+        for e, items, gates in _segments(items_M, gates_M, counts):
+            w1_e, b1_e, w2_e, b2_e = weights[e]
+            rows = _rows(len(items), onednn)
+            hidden = _matmul(_gather(x_ND, items, room_D[:rows]), w1_e, onednn, b1_e)
+            act = torch.ops.aten.gelu.out(hidden, approximate=gelu, out=room_H[:rows])
+            outputs = _matmul(act, w2_e, onednn, b2_e)[: len(items)]
+            y_ND.index_add_(0, items, outputs.mul_(gates))
             hidden_by_expert.append(hidden)
         ctx.save_for_backward(x_ND, w1, w2, b2, gates_M, items_M, *hidden_by_expert)
         ctx.counts, ctx.gelu = counts, gelu
@@ -144,7 +148,6 @@ class _SortedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
         x_ND, w1, w2, b2, gates_M, items_M, *hidden_by_expert = ctx.saved_tensors
-        segments = list(_segments(ctx.counts))
         need_x, need_w1, need_b1, need_w2, need_b2, need_gates = ctx.needs_input_grad[:6]
         dx = torch.zeros_like(x_ND, memory_format=torch.contiguous_format) if need_x else None
         dw1 = gradient_like(w1) if need_w1 else None
@@ -152,40 +155,46 @@ class _SortedExperts(torch.autograd.Function):
         db1 = w1.new_empty(w1.shape[0], w1.shape[2]) if need_b1 else None
         db2 = w2.new_empty(w2.shape[0], w2.shape[2]) if need_b2 else None
         dgates = torch.empty_like(gates_M) if need_gates else None
-        for e in set(range(len(ctx.counts))) - {e for e, _ in segments}:
+        for e in (e for e, n in enumerate(ctx.counts) if not n):
             for grad in (dw1, db1, dw2, db2):
                 if grad is not None:
                     grad[e].zero_()
         onednn = _use_onednn(grad_ND)
+        weights = _by_expert(w1, w2, b2)
+        grads = [None if grad is None else grad.unbind() for grad in (dw1, db1, dw2, db2)]
         largest = max(map(len, hidden_by_expert), default=0)
         room_x, room_dy, room_H = (x_ND.new_empty(largest, width) for width in (w1.shape[1], *w1.shape[1:]))
         # As the weights' gradients fill, expert by expert, the activations go: the peak is not the sum of both.
         graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        for (e, rows), hidden in zip(segments, hidden_by_expert, strict=True):
-            items = items_M[rows]
-            n = len(items)
+        dgates_by_expert = None if dgates is None else dgates.split(ctx.counts)
+        segments = _segments(items_M, gates_M, ctx.counts)
+        for (e, items, gates), hidden in zip(segments, hidden_by_expert, strict=True):
+            w1_e, w2_e, b2_e = weights[e]
+            dw1_e, db1_e, dw2_e, db2_e = (None if grad is None else grad[e] for grad in grads)
+            n, rows = len(items), len(hidden)
             # rows past the items are zero here, and so add nothing to any gradient below
-            dy, x_e = _gather(grad_ND, items, room_dy[: len(hidden)]), _gather(x_ND, items, room_x[: len(hidden)])
-            act = _gelu(hidden, ctx.gelu, room_H)
-            dact = _matmul(dy, w2[e].t(), onednn)
-            if dgates is not None:
+            dy, x_e = _gather(grad_ND, items, room_dy[:rows]), _gather(x_ND, items, room_x[:rows])
+            act = torch.ops.aten.gelu.out(hidden, approximate=ctx.gelu, out=room_H[:rows])
+            dact = _matmul(dy, w2_e.t(), onednn)
+            dy_n, dact_n = dy[:n], dact[:n]
+            if dgates_by_expert is not None:
                 # dy . (act w2 + b2), without the outputs: what dact = dy w2^T is at hand for
-                dgates[rows] = torch.linalg.vecdot(dact[:n], act[:n]).add_(torch.mv(dy[:n], b2[e]))
-            dy[:n] *= gates_M[rows, None]
-            if dw2 is not None:
-                dw2[e] = _matmul(act.t(), dy, onednn)
-            if db2 is not None:
-                torch.sum(dy, 0, out=db2[e])
+                torch.linalg.vecdot(dact_n, act[:n], out=dgates_by_expert[e]).add_(torch.mv(dy_n, b2_e))
+            dy_n *= gates
+            if dw2_e is not None:
+                dw2_e.copy_(_matmul(act.t(), dy, onednn))
+            if db2_e is not None:
+                torch.sum(dy, 0, out=db2_e)
             if dx is None and dw1 is None and db1 is None:
                 continue
-            dact[:n] *= gates_M[rows, None]
+            dact_n *= gates
             dhidden = torch.ops.aten.gelu_backward.grad_input(dact, hidden, approximate=ctx.gelu, grad_input=dact)
-            if dw1 is not None:
-                dw1[e] = _matmul(x_e.t(), dhidden, onednn)
-            if db1 is not None:
-                torch.sum(dhidden, 0, out=db1[e])
+            if dw1_e is not None:
+                dw1_e.copy_(_matmul(x_e.t(), dhidden, onednn))
+            if db1_e is not None:
+                torch.sum(dhidden, 0, out=db1_e)
             if dx is not None:
-                dx.index_add_(0, items, _matmul(dhidden, w1[e].t(), onednn)[:n])
+                dx.index_add_(0, items, _matmul(dhidden, w1_e.t(), onednn)[:n])
             if not graph_is_kept:
                 hidden.untyped_storage().resize_(0)
         return dx, dw1, db1, dw2, db2, dgates, None, None, None
