@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -251,6 +253,14 @@ def test_unknown_graphs_name_the_nearest(tmp_path):
         load_graph(str(tmp_path), tmp_path)
     with pytest.raises(FileNotFoundError, match="set SPARSE_MLP_DATA"):
         load_graph("cora", tmp_path)
+
+
+def test_a_planetoid_graph_needs_no_module_that_scipy_2_removes(data_root, monkeypatch):
+    for gone in ("scipy.sparse.csr", "numpy.core", "numpy.core.multiarray"):
+        monkeypatch.setitem(sys.modules, gone, None)  # an import of it fails
+    with pytest.raises(ImportError):
+        importlib.import_module("scipy.sparse.csr")
+    assert load_graph("cora", data_root).num_nodes == 2708
 
 
 # nodes, undirected edges, features, classes, training nodes: the counts torch_geometric documents
