@@ -65,18 +65,13 @@ ABLATIONS = {
     "sparse": CONTESTANTS["sparse"],
     "token top-2": Contestant(_sparse(top_k=[2, 1]), 0.866),
     "channel top-2": Contestant(_sparse(top_k=[1, 2]), 0.763),
-    "1 token expert": Contestant(_sparse(num_experts=[1, 8]), 1.017),
     "4 token experts": Contestant(_sparse(num_experts=[4, 8]), 1.010),
     "16 token experts": Contestant(_sparse(num_experts=[16, 8]), 0.981),
-    "1 channel expert": Contestant(_sparse(num_experts=[8, 1]), 1.017),
     "4 channel experts": Contestant(_sparse(num_experts=[8, 4]), 1.010),
     "16 channel experts": Contestant(_sparse(num_experts=[8, 16]), 0.981),
     "first four blocks": Contestant(_sparse(sparse_blocks=[0, 1, 2, 3])),
-    "last two blocks": Contestant(_sparse(sparse_blocks=2), 1.020),
     "all blocks": Contestant(_sparse(sparse_blocks=8), 0.963),
     "Re-represent": Contestant(_sparse(rerepresent=True, expert_hidden=[32, 64]), 0.518),
-    "balance weight 0.1": Contestant(_sparse(balance_weight=0.1)),
-    "no router noise": Contestant(_sparse(noise_std=0.0)),
     "no blocks (mixer)": CONTESTANTS["mixer"],
 }
 
