@@ -67,7 +67,7 @@ def test_what_is_missing_is_run_and_tabled(run: Run, small: None, tmp_path: Path
     assert (study / "supervised/mixer/seed0/metrics.jsonl").stat() == finished
 
     code, out, _ = run("headline", "table", "--out", study, "--to", tmp_path / "docs")
-    assert code == 0 and len(out.splitlines()) == 2
+    assert code == 0 and len(out.splitlines()) == 3
     rows = [line.split("|") for line in (tmp_path / "docs/results.md").read_text().splitlines() if "| sparse" in line]
     tops = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
     first = [line["top1"] for line in tops if line["kind"] == "eval"][-1]
@@ -75,7 +75,8 @@ def test_what_is_missing_is_run_and_tabled(run: Run, small: None, tmp_path: Path
     other = [json.loads(line)["top1"] for line in second if '"eval"' in line][-1]
     assert len(rows) == 3, "supervised, linear and knn"
     assert f"{100 * (first + other) / 2:.2f} ±" in rows[0][6] and rows[0][7].strip() == "2 of 2"
-    assert (tmp_path / "docs/supervised.png").stat().st_size > 10_000
+    for part in ("supervised", "pretrain"):
+        assert (tmp_path / f"docs/{part}.png").stat().st_size > 10_000
 
 
 def test_a_run_needs_what_it_begins_with(run: Run, small: None, tmp_path: Path):

@@ -36,6 +36,11 @@ _HEADINGS = {
     "ablations": "CIFAR-10, one change to the sparse model at a time",
 }
 
+_FIGURES = {
+    "supervised": ("CIFAR-10 from scratch: test accuracy at equal compute", "top1"),
+    "pretrain": ("CIFAR-10, MoCo v3: accuracy of the nearest neighbours at equal compute", "knn_top1"),
+}
+
 # Forward passes an image costs in a step, the backward pass two: two views of the online encoder with a backward pass
 # and two of the momentum encoder without; a frozen backbone one; the kNN none that is training.
 _PASSES = {"pretrain": 2 * (3 + 1), "linear": 1.0, "knn": 0.0}
@@ -113,9 +118,11 @@ def _table(arguments: list[str]) -> None:
             continue
         target.mkdir(parents=True, exist_ok=True)
         sections.append(f"## {heading}\n\n{study_table(arms, planned)}")
-        if part == "supervised":
+    for part, (title, metric) in _FIGURES.items():
+        arms, _ = _arms(part, given.out)
+        if any(arm.runs for arm in arms):
             written.append(target / f"{part}.png")
-            save_png(study_figure(arms, "CIFAR-10 from scratch: test accuracy at equal compute"), written[-1])
+            save_png(study_figure(arms, title, metric), written[-1])
     if not sections:
         raise FileNotFoundError(f"there is no finished run of the headline experiment in {given.out}")
     page = target / "results.md"

@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sparse_mlp.report.analysis import balance
-from sparse_mlp.report.compare import compute
 from sparse_mlp.report.curves import percent, plain, round_ticks
-from sparse_mlp.report.run import Run
+from sparse_mlp.report.run import Floats, Run
 from sparse_mlp.report.style import RUN_STYLES, panel, styled
 from sparse_mlp.report.style import title as set_title
 
-_PETA = 1e15
+_TERA = 1e12
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,11 @@ class Arm:
     @property
     def spent(self) -> float:
         """Multiply-adds of training, in one run and before it."""
-        run = self.runs[0]
-        return self.before + self.passes * self.macs * run.last_step * run.config["data"]["batch_size"]
+        return self.before + float(self.compute(self.runs[0], np.array(self.runs[0].last_step)))
+
+    def compute(self, run: Run, steps: Floats) -> Floats:
+        """Multiply-adds that a run has spent at each of some steps, without those before it."""
+        return steps * (self.passes * self.macs * run.config["data"]["batch_size"])
 
 
 def study_table(arms: Sequence[Arm], planned: int) -> str:
@@ -60,11 +62,11 @@ def study_table(arms: Sequence[Arm], planned: int) -> str:
             f"{(arm.runs[0].parameters or 0) / 1e6:.2f} M",
             f"{arm.macs / 1e6:.1f} M",
             f"{arm.runs[0].last_step:,}",
-            f"{arm.spent / _PETA:.2f} P",
+            f"{arm.spent / _TERA:.1f} T",
             spread(arm.accuracies),
             f"{len(arm.accuracies)} of {planned}",
             "" if arm is arms[0] or not arms[0].runs else difference(arm, arms[0]),
-            f"{mean(run.seconds for run in arm.runs) / 60:.0f} min",
+            f"{mean(run.seconds for run in arm.runs) / 60:.1f} min",
             busiest(arm.runs),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -89,16 +91,19 @@ def difference(arm: Arm, first: Arm) -> str:
 def busiest(runs: Sequence[Run]) -> str:
     """The largest load of any expert of any layer, over its fair share; the mean over the runs."""
     loads = [max(balance(layer.final_load()).busiest for layer in run.routing.values()) for run in runs if run.routing]
-    return f"{mean(loads):.2f} x" if loads else "dense"
+    if not any(loads):
+        return "not measured" if loads else "dense"  # a frozen model measures no routing
+    return f"{mean(loads):.2f} x"
 
 
 @styled
-def study_figure(arms: Sequence[Arm], heading: str) -> Figure:
-    """Test accuracy over multiply-adds of training: the mean of each arm's runs, and a band from worst to best."""
+def study_figure(arms: Sequence[Arm], heading: str, metric: str = "top1") -> Figure:
+    """Accuracy in each evaluation over multiply-adds of training: the mean of an arm's runs, a band worst to best."""
     figure, axes = panel(width=5.2, height=3.2)
     for arm, (colour, dash) in zip((arm for arm in arms if arm.runs), RUN_STYLES, strict=False):
-        curves = [(compute(run, run.evals.step, arm.macs), run.evals.get("top1")) for run in arm.runs]
-        known = [(np.asarray(x) / _PETA, y) for x, y in curves if x is not None and len(x)]
+        known = [
+            (arm.compute(run, run.evals.step) / _TERA, run.evals.get(metric)) for run in arm.runs if len(run.evals.step)
+        ]
         if not known:
             continue
         x = min((x for x, _ in known), key=len)
@@ -107,7 +112,7 @@ def study_figure(arms: Sequence[Arm], heading: str) -> Figure:
         if len(rows) > 1:
             axes.fill_between(x, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.18, linewidth=0)
     axes.set_xlim(left=0)
-    axes.set_xlabel("peta-multiply-adds of training; a backward pass counts as two forward passes")
+    axes.set_xlabel("tera-multiply-adds of training; a backward pass counts as two forward passes")
     axes.xaxis.set_major_locator(round_ticks(6))
     axes.yaxis.set_major_locator(round_ticks(6))
     axes.xaxis.set_major_formatter(FuncFormatter(plain))
