@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_mlp.moe import MoeMlp, NoisyTopKRouter
+from sparse_mlp.moe.router import largest, softmax_over_experts
 
 
 def test_gates_are_the_raw_softmax_values_in_falling_order() -> None:
@@ -13,6 +14,25 @@ def test_gates_are_the_raw_softmax_values_in_falling_order() -> None:
     # softmax(0, 2, 1) = (e^0, e^2, e^1) / (1 + e^2 + e) = 0.0900, 0.6652, 0.2447
     torch.testing.assert_close(routing.gates_NK, torch.tensor([[0.66524, 0.24473]]), atol=1e-5, rtol=0)
     assert routing.experts_NK.tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (7, 4), (49, 8), (5, 64)])
+def test_the_fast_softmax_and_maximum_are_torchs(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    ours, plain = softmax_over_experts(logits), logits.softmax(-1)
+    torch.testing.assert_close(ours, plain)
+    weights = torch.randn_like(plain)
+    grads = [torch.autograd.grad(p, logits, weights, retain_graph=True)[0] for p in (ours, plain)]
+    torch.testing.assert_close(*grads)
+    for k in (1, min(3, shape[1])):
+        values, experts = largest(ours, k)
+        assert values.shape == experts.shape == (shape[0], k)
+        expected = plain.topk(k, dim=-1)
+        torch.testing.assert_close(values, expected.values)
+        assert torch.equal(experts, expected.indices)
+        (grad,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected.values.sum(), logits, retain_graph=True)[0])
 
 
 def test_noise_in_training_only_with_the_papers_deviation() -> None:

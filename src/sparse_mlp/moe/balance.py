@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_mlp.moe.router import Routing
+from sparse_mlp.moe.router import Routing, largest, softmax_over_experts
 
 
 def squared_variation(total_E: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def squared_variation(total_E: Tensor) -> Tensor:
 
 def importance(logits_NE: Tensor) -> Tensor:
     """Imp_e = sum over items of softmax(logits)_e, without noise. (N, E) -> (E,)."""
-    return logits_NE.softmax(-1).sum(0)
+    return softmax_over_experts(logits_NE).sum(0)
 
 
 def load(logits_NE: Tensor, noisy_NE: Tensor, noise_std: float, top_k: int) -> Tensor:
@@ -25,7 +25,7 @@ def load(logits_NE: Tensor, noisy_NE: Tensor, noise_std: float, top_k: int) -> T
     The probability is 1 - Phi((t - logits_e) / noise_std), t the item's K-th largest noisy logit: a smooth stand-in
     for the number of items an expert gets (Shazeer et al. 2017, appendix A; V-MoE, appendix A).
     """
-    threshold_N1 = noisy_NE.topk(top_k, dim=-1).values[:, -1:]
+    threshold_N1 = largest(noisy_NE, top_k)[0][:, -1:]
     return torch.special.ndtr((logits_NE - threshold_N1) / noise_std).sum(0)
 
 

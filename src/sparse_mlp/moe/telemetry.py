@@ -71,12 +71,12 @@ class RoutingMeter(nn.Module):
     def update(self, routing: Routing, kept_NK: Tensor | None, balance_loss: Tensor) -> None:
         """Take the statistics of one forward; `kept_NK` None means nothing was dropped."""
         num_experts = len(self.load)
-        logp_NE = routing.logits_NE.detach().log_softmax(-1)
-        p_NE = logp_NE.exp()
-        hot_NKE = routing.experts_NK.unsqueeze(-1) == torch.arange(num_experts, device=p_NE.device)
+        logp_EN = routing.logits_NE.detach().t().log_softmax(0)  # as in `softmax_over_experts`
+        p_EN = logp_EN.exp()
+        hot_NKE = routing.experts_NK.unsqueeze(-1) == torch.arange(num_experts, device=p_EN.device)
         self.load.copy_(hot_NKE.sum((0, 1)) / hot_NKE.shape[:2].numel())
-        self.importance.copy_(p_NE.mean(0))
-        self.entropy.copy_(-(p_NE * logp_NE).sum(-1).mean() / max(math.log(num_experts), 1e-12))
+        self.importance.copy_(p_EN.mean(1))
+        self.entropy.copy_(-(p_EN * logp_EN).sum(0).mean() / max(math.log(num_experts), 1e-12))
         self.dropped.copy_(torch.zeros_like(self.dropped) if kept_NK is None else 1 - kept_NK.float().mean())
         self.balance_loss.copy_(balance_loss)
 
