@@ -5,7 +5,7 @@
 Forward + backward, float32, no dropped items, every run in turn within a round; medians of ratios to the dense layer.
 Beside them the bound, K times the dense layer's matrix products alone, and with --peers the layers that pip installs
 here (`pip install -e '.[bench]'`), set to drop nothing. Then more experts at equal multiply-adds with the bound that
-memory sets, one single image, and peak memory.
+memory sets, narrow layers, one single image, and peak memory.
 """
 
 from __future__ import annotations
@@ -110,6 +110,18 @@ def more_experts(threads: int, rounds: int) -> list[Row]:
     ]
 
 
+def narrow(threads: int, rounds: int) -> list[Row]:
+    """Layers of small models, where the router and the sorting weigh as much as the experts; E=8, K=1."""
+    rows = []
+    for items, dim, hidden in ((8192, 64, 64), (8192, 64, 32), (8192, 128, 128)):
+        x = torch.randn(items, dim, requires_grad=True)
+        runs = {"dense": train_step(dense_mlp(dim, hidden), x), "sparse_mlp": train_step(MoeMlp(dim, hidden, 8, 1), x)}
+        seconds = interleave(runs, 3 * rounds)
+        row: Row = {"shape": f"{items:,} x {dim} -> {hidden}", "threads": threads}
+        rows.append(row | {"sparse_mlp": ratio(seconds, "sparse_mlp", "dense")})
+    return rows
+
+
 def one_image(threads: int, rounds: int) -> list[Row]:
     """Forward of the items of one image (a sixteenth of the first shape, 196), without gradients; E=8, K=1."""
     rows = []
@@ -186,6 +198,7 @@ def main() -> None:
         title = "Forward + backward, ratio to the dense layer (E=8, no drops; bound: the products alone)"
         show(title, against_dense(threads, args.rounds, args.peers))
         show("More experts at equal multiply-adds (first shape, K=1)", more_experts(threads, args.rounds))
+        show("Narrow layers, forward + backward, ratio to the dense layer (E=8, K=1)", narrow(threads, args.rounds))
         show("One image, forward, ratio to the dense layer (E=8, K=1)", one_image(threads, args.rounds))
     show("Peak memory of forward + backward, ratio to the dense layer (E=8, K=1)", memory())
     write_json(args.json, everything)
