@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 
 from sparse_mlp.data.graphs import Graph, NodeBatches, feature_rows
 from sparse_mlp.models.graph_mlp import GraphMlp, SparseLinear, drop_features
@@ -30,6 +31,7 @@ class Setting:
     batch_size: int = 2000
     epochs: int = 400
     sampling: str = "published"
+    ema_decay: float = 0.0
     loss: NodeLossConfig = field(default_factory=NodeLossConfig)
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -67,12 +69,13 @@ def fit_graph_mlp(graph: Graph, setting: Setting, seed: int) -> dict[str, Any]:
     start = time.process_time()
     soft = teach(graph, seed) if setting.loss.distill else None
     batches = NodeBatches(graph, setting.batch_size, setting.hops, seed, sampling=setting.sampling, soft=soft)
+    scored = ModelEmaV3(model, decay=setting.ema_decay) if setting.ema_decay else model
     rows = {split: feature_rows(graph.features, graph.splits[split]) for split in ("val", "test")}
 
     def score(split: str) -> np.ndarray:
         """Which nodes are right, in %."""
         with torch.no_grad():
-            guess = model.eval()(rows[split]).argmax(1).numpy()
+            guess = scored.eval()(rows[split]).argmax(1).numpy()
         return 100.0 * (guess == graph.labels[graph.splits[split]])
 
     best, halves = {"val": -1.0}, []
@@ -82,6 +85,8 @@ def fit_graph_mlp(graph: Graph, setting: Setting, seed: int) -> dict[str, Any]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if setting.ema_decay:
+            scored.update(model, step=epoch)
         right = score("val")
         halves.append((right[::2].mean(), right[1::2].mean()))
         val = right.mean().item()
