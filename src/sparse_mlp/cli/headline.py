@@ -38,7 +38,7 @@ _HEADINGS = {
 
 _FIGURES = {
     "supervised": ("CIFAR-10 from scratch: test accuracy at equal compute", "top1"),
-    "pretrain": ("CIFAR-10, MoCo v3: accuracy of the nearest neighbours at equal compute", "knn_top1"),
+    "pretrain": ("CIFAR-10, MoCo v3: kNN accuracy at equal compute", "knn_top1"),
 }
 
 # Forward passes an image costs in a step, the backward pass two: two views of the online encoder with a backward pass

@@ -117,6 +117,6 @@ def study_figure(arms: Sequence[Arm], heading: str, metric: str = "top1") -> Fig
     axes.yaxis.set_major_locator(round_ticks(6))
     axes.xaxis.set_major_formatter(FuncFormatter(plain))
     axes.yaxis.set_major_formatter(FuncFormatter(percent))
-    axes.legend(loc="lower right", labelcolor="linecolor")
+    axes.legend(loc="best", labelcolor="linecolor")
     set_title(axes, heading)
     return figure
