@@ -157,8 +157,11 @@ def edge_index(graph: Graph) -> torch.Tensor:
     return torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
 
 
-def adjacency(graph: Graph) -> torch.Tensor:
-    """The (symmetric) adjacency as PyG's layers take it too; from some 10^5 edges on, faster than a list of edges."""
+def edges_for_pyg(graph: Graph) -> torch.Tensor:
+    """A list of edges, as PyG's examples have it; from 10^5 on the adjacency, which its layers take too: faster, and a
+    list would hold the features of every edge's source at once, 17 GB on Physics."""
+    if graph.adjacency.nnz <= 10**5:
+        return edge_index(graph)
     csr = graph.adjacency.tocsr()
     indices = (torch.from_numpy(part.astype(np.int64)) for part in (csr.indptr, csr.indices))
     with warnings.catch_warnings():
@@ -179,7 +182,7 @@ def fast_features(graph: Graph) -> torch.Tensor:
 
 def fit_gcn(graph: Graph, seed: int, hidden: int = 16, keep: list[Gcn] | None = None) -> dict[str, Any]:
     """`keep` takes the trained model (of the last epoch)."""
-    x, edges = fast_features(graph), adjacency(graph) if graph.adjacency.nnz > 10**5 else edge_index(graph)
+    x, edges = fast_features(graph), edges_for_pyg(graph)
 
     def build() -> Gcn:
         model = Gcn(graph.features.shape[1], graph.num_classes, hidden)
@@ -194,7 +197,7 @@ def fit_sgc(graph: Graph, seed: int) -> dict[str, Any]:
     """PyG's `SGConv` (2 hops, cached: the propagation happens once); settings of PyG's example."""
     from torch_geometric.nn import SGConv
 
-    x, edges = dense_features(graph), edge_index(graph)
+    x, edges = dense_features(graph), edges_for_pyg(graph)
     build = lambda: SGConv(x.shape[1], graph.num_classes, K=2, cached=True)  # noqa: E731
     return fit_peer(graph, seed, build, lambda m: m(x, edges), lr=0.2, weight_decay=5e-3, epochs=100)
 
