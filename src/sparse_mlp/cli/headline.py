@@ -111,21 +111,18 @@ def _make(planned: NamedRun, out: Path, *, resume: bool) -> None:
 def _table(arguments: list[str]) -> None:
     given = parse(TableArguments, arguments, prog="headline table", description=_HELP, default=TableArguments())
     target = given.to or given.out
-    written, sections = [], []
-    for part, heading in _HEADINGS.items():
-        arms, planned = _arms(part, given.out)
-        if not any(arm.runs for arm in arms):
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        sections.append(f"## {heading}\n\n{study_table(arms, planned)}")
-    for part, (title, metric) in _FIGURES.items():
-        arms, _ = _arms(part, given.out)
-        if any(arm.runs for arm in arms):
-            written.append(target / f"{part}.png")
-            save_png(study_figure(arms, title, metric), written[-1])
-    if not sections:
+    studies = {part: _arms(part, given.out) for part in (_HEADINGS | _FIGURES)}
+    studies = {part: (arms, planned) for part, (arms, planned) in studies.items() if any(arm.runs for arm in arms)}
+    if not studies:
         raise FileNotFoundError(f"there is no finished run of the headline experiment in {given.out}")
+    target.mkdir(parents=True, exist_ok=True)
+    written = []
+    for part, (title, metric) in _FIGURES.items():
+        if part in studies:
+            written.append(target / f"{part}.png")
+            save_png(study_figure(studies[part][0], title, metric), written[-1])
     page = target / "results.md"
+    sections = [f"## {_HEADINGS[part]}\n\n{study_table(*studies[part])}" for part in _HEADINGS if part in studies]
     page.write_text(_HEAD + "\n".join(sections))
     for path in (page, *written):
         console().print(str(path), markup=False, soft_wrap=True)

@@ -58,14 +58,14 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def compute(run: Run, steps: Floats, macs: int | None) -> Floats | None:
-    """Return the multiply-adds of training up to each step: images seen x forward x 3. None where they are unknown.
+def compute(run: Run, steps: Floats, macs: int | None, passes: float = 3.0) -> Floats | None:
+    """Return the multiply-adds of training up to each step: images seen x forward x passes. None where unknown.
 
-    A backward pass costs two forward passes: one product for the inputs, one for the weights.
+    A backward pass costs two forward passes, one product for the inputs and one for the weights: three in all.
     """
     data = run.config.get("data")
     batch_size = data.get("batch_size") if isinstance(data, dict) else None
-    return None if macs is None or batch_size is None else steps * (3.0 * macs * batch_size)
+    return None if macs is None or batch_size is None else steps * (passes * macs * batch_size)
 
 
 def _table(runs: Sequence[Run], macs: Sequence[int | None], labels: Sequence[str]) -> str:

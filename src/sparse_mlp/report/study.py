@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sparse_mlp.report.analysis import balance
+from sparse_mlp.report.compare import compute
 from sparse_mlp.report.curves import percent, plain, round_ticks
-from sparse_mlp.report.run import Floats, Run
+from sparse_mlp.report.run import Run
 from sparse_mlp.report.style import RUN_STYLES, panel, styled
 from sparse_mlp.report.style import title as set_title
 
@@ -41,11 +42,8 @@ class Arm:
     @property
     def spent(self) -> float:
         """Multiply-adds of training, in one run and before it."""
-        return self.before + float(self.compute(self.runs[0], np.array(self.runs[0].last_step)))
-
-    def compute(self, run: Run, steps: Floats) -> Floats:
-        """Multiply-adds that a run has spent at each of some steps, without those before it."""
-        return steps * (self.passes * self.macs * run.config["data"]["batch_size"])
+        run = self.runs[0]
+        return self.before + self.passes * self.macs * run.last_step * run.config["data"]["batch_size"]
 
 
 def study_table(arms: Sequence[Arm], planned: int) -> str:
@@ -101,9 +99,8 @@ def study_figure(arms: Sequence[Arm], heading: str, metric: str = "top1") -> Fig
     """Accuracy in each evaluation over multiply-adds of training: the mean of an arm's runs, a band worst to best."""
     figure, axes = panel(width=5.2, height=3.2)
     for arm, (colour, dash) in zip((arm for arm in arms if arm.runs), RUN_STYLES, strict=False):
-        known = [
-            (arm.compute(run, run.evals.step) / _TERA, run.evals.get(metric)) for run in arm.runs if len(run.evals.step)
-        ]
+        curves = [(compute(run, run.evals.step, arm.macs, arm.passes), run.evals.get(metric)) for run in arm.runs]
+        known = [(np.asarray(x) / _TERA, y) for x, y in curves if x is not None and len(x)]
         if not known:
             continue
         x = min((x for x, _ in known), key=len)
