@@ -56,6 +56,13 @@ def _sparse(
 
 _DENSE, _S = _dense(64, (0.5, 1.03), 400, 4e-3), _sparse(64, (0.5, 1.0), (8, 8), 400, 4e-3)
 _P8 = {"patch_size": 8}
+
+
+def _changed(**args: Any) -> Pilot:
+    """The sparse model of width 64 with other arguments."""
+    return replace(_S, args=_S.args | args)
+
+
 PILOTS = {
     **{f"128 dense lr {lr:g}": _dense(128, (0.25, 1.016), 300, lr) for lr in (2e-3, 4e-3, 8e-3)},
     **{f"128 sparse lr {lr:g}": _sparse(128, (0.25, 1.0), (4, 4), 300, lr) for lr in (2e-3, 4e-3, 8e-3)},
@@ -65,24 +72,24 @@ PILOTS = {
     "64 dense seed 1": replace(_DENSE, seed=1),
     "64 sparse": _S,
     "64 sparse seed 1": replace(_S, seed=1),
-    "64 sparse 16 + 16": _sparse(64, (0.5, 1.0), (16, 16), 400, 4e-3),
-    "64 sparse 1 + 8": _sparse(64, (0.5, 1.0), (1, 8), 400, 4e-3),
-    "64 sparse 8 + 1": _sparse(64, (0.5, 1.0), (8, 1), 400, 4e-3),
-    "64 sparse no noise": _sparse(64, (0.5, 1.0), (8, 8), 400, 4e-3, args={"noise_std": 0.0}),
-    "64 sparse balance 0.1": _sparse(64, (0.5, 1.0), (8, 8), 400, 4e-3, args={"balance_weight": 0.1}),
-    "64 sparse capacity 1.25": _sparse(64, (0.5, 1.0), (8, 8), 400, 4e-3, args={"capacity_ratio": 1.25}),
-    "64 sparse drop path 0.1": _sparse(64, (0.5, 1.0), (8, 8), 400, 4e-3, args={"drop_path_rate": 0.1}),
+    "64 sparse 16 + 16": _changed(num_experts=(16, 16)),
+    "64 sparse 1 + 8": _changed(num_experts=(1, 8)),
+    "64 sparse 8 + 1": _changed(num_experts=(8, 1)),
+    "64 sparse no noise": _changed(noise_std=0.0),
+    "64 sparse balance 0.1": _changed(balance_weight=0.1),
+    "64 sparse capacity 1.25": _changed(capacity_ratio=1.25),
+    "64 sparse drop path 0.1": _changed(drop_path_rate=0.1),
     "64 sparse scaled": replace(_S, output_scale=True),
     "64 sparse router x 6": replace(_S, router_init=6.0),
     "64 sparse router lr x 4": replace(_S, router_lr=4.0),
-    "64 sparse fine": _sparse(64, (0.5, 1.0), (8, 16), 400, 4e-3, args={"top_k": (1, 2), "expert_hidden": (32, 32)}),
-    "64 dense 800": _dense(64, (0.5, 1.03), 800, 4e-3),
-    "64 sparse 4 + 4, 800": _sparse(64, (0.5, 1.0), (4, 4), 800, 4e-3),
+    "64 sparse fine": _changed(num_experts=(8, 16), top_k=(1, 2), expert_hidden=(32, 32)),
+    "64 dense 800": replace(_DENSE, steps=800),
+    "64 sparse 4 + 4, 800": replace(_changed(num_experts=(4, 4)), steps=800),
     "64 wide": _dense(64, (0.5, 6.375), 400, 4e-3),
     "64 dense batch 32": _dense(64, (0.5, 1.07), 1560, 2e-3, batch_size=32, warmup=150),
     "64 sparse batch 32": replace(_S, steps=1560, lr=2e-3, batch_size=32, warmup=150),
     "patch 8 dense": _dense(64, (0.5, 1.07), 2340, 4e-3, warmup=100, args=_P8),
-    "patch 8 sparse": _sparse(64, (0.5, 1.0), (8, 8), 2340, 4e-3, warmup=100, args=_P8),
+    "patch 8 sparse": replace(_changed(**_P8), steps=2340, warmup=100),
     "patch 8 wide": _dense(64, (0.5, 6.375), 2340, 4e-3, warmup=100, args=_P8),
     "patch 8, 32 dense": _dense(32, (0.5, 1.07), 2340, 4e-3, warmup=100, args=_P8),
     "patch 8, 32 dense lr 8e-3": _dense(32, (0.5, 1.07), 2340, 8e-3, warmup=100, args=_P8),
