@@ -225,8 +225,10 @@ def test_is_built_in_the_wanted_dtype(name):
     model = timm.create_model(name, dtype=torch.bfloat16, device="cpu").eval()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with torch.inference_mode():
-        assert model(_images(name).bfloat16()).dtype == torch.bfloat16
-        # with the batch's statistics: an untrained Hire-MLP-L on its running ones, 0 and 1, overflows bfloat16
+        logits = model(_images(name).bfloat16())
+        assert logits.dtype == torch.bfloat16
+        # an untrained Hire-MLP-L on its running statistics, 0 and 1, may overflow bfloat16
+        assert name == "hire_mlp_large" or logits.isfinite().all()
         assert model.train()(_images(name).bfloat16()).isfinite().all()
 
 
