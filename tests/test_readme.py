@@ -39,6 +39,17 @@ def test_those_that_need_no_run_succeed(words: list[str], capsys: pytest.Capture
     assert capsys.readouterr().out
 
 
+@pytest.mark.slow  # trains, fine-tunes and reports: about 30 s
+def test_those_of_a_run_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    of_a_run = [words for words in COMMAND_LINES if "runs/digits_sparse" in words and words[0] != "predict"]
+    assert {words[0] for words in of_a_run} == {"train", "probe", "finetune", "export-backbone", "eval", "report"}
+    short = ["--train.epochs", "1", "--schedule.warmup-epochs", "0"]
+    assert main(["train", "digits_sparse", *short]) == 0
+    for words in of_a_run:
+        assert main([*words, *(short if words[0] == "finetune" else [])]) == 0, words
+
+
 def test_files_named_exist() -> None:
     for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target
