@@ -54,3 +54,9 @@ def test_an_ablation_changes_one_thing():
 def test_unknown_parts_are_named():
     with pytest.raises(ValueError, match="unknown part 'supervisd'"):
         list(headline_runs(("supervisd",)))
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_no_seeds_are_no_experiment(seeds: int):
+    with pytest.raises(ValueError, match=f"seeds must be at least 1, got {seeds}"):
+        list(headline_runs(seeds=seeds))

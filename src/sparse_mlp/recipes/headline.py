@@ -98,8 +98,10 @@ class NamedRun:
 def headline_runs(parts: tuple[str, ...] = PARTS, seeds: int = 3) -> Iterator[NamedRun]:
     """The runs of some parts in the order to make them: all models with the first seed, then with the next.
 
-    ValueError for an unknown part.
+    ValueError for an unknown part, or less than one seed.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise ValueError(f"unknown part {unknown[0]!r} of the headline experiment; known: {', '.join(PARTS)}")
