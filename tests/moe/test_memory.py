@@ -18,20 +18,22 @@ def keep_all(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_block_is_used_again_once_its_tensor_and_views_are_gone() -> None:
     weight = torch.zeros(3, 5, dtype=torch.float64)
-    first = memory.gradient_like(weight)
+    first, is_new = memory.gradient_like(weight)
+    assert is_new
     assert (first.shape, first.dtype, first.is_contiguous()) == (weight.shape, weight.dtype, True)
     place, row = first.data_ptr(), first.fill_(7)[1]
-    second = memory.gradient_like(weight)
+    second, _ = memory.gradient_like(weight)
     assert second.data_ptr() != place
     del first
     gc.collect()
-    third = memory.gradient_like(weight)
-    assert third.data_ptr() != place, "a view still looks at it"
+    third, is_new = memory.gradient_like(weight)
+    assert is_new and third.data_ptr() != place, "a view still looks at it"
     third.fill_(1)
     assert (row == 7).all()
     del row
     gc.collect()
-    assert memory.gradient_like(weight).data_ptr() == place
+    fourth, is_new = memory.gradient_like(weight)
+    assert fourth.data_ptr() == place and not is_new
 
 
 def test_other_sizes_give_back_what_lies_free() -> None:
@@ -39,9 +41,30 @@ def test_other_sizes_give_back_what_lies_free() -> None:
     del del_me
     gc.collect()
     assert memory.kept() == 400
-    kept = memory.gradient_like(torch.zeros(200))
+    kept, _ = memory.gradient_like(torch.zeros(200))
     assert memory.kept() == 0
     assert kept.numel() == 200
+
+
+@pytest.mark.parametrize("to_system", [False, True])
+@pytest.mark.parametrize("size", [1, 1000, 5000, 100_000])
+def test_what_is_released_is_empty_and_its_neighbours_are_not(size: int, to_system: bool) -> None:
+    tensors = [torch.full((size,), float(i)) for i in range(9)]
+    for tensor in tensors[1::2]:
+        memory.release(tensor, to_system)
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors[1::2])
+    assert all((tensors[i] == i).all() for i in range(0, 9, 2))
+
+
+def test_a_kept_graph_gives_the_same_gradients_again_in_new_memory() -> None:
+    torch.manual_seed(0)
+    layer = MoeMlp(64, 512, 4, 2, noise_std=0.0)
+    loss = layer(torch.randn(50, 64)).square().sum()
+    loss.backward(retain_graph=True)
+    first = [p.grad for p in layer.parameters()]  # so that the second time must take new memory too
+    layer.zero_grad(set_to_none=True)
+    loss.backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(first, layer.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_mlp.moe import dispatch
 from sparse_mlp.moe.eager import runs_eagerly_on_cpu
-from sparse_mlp.moe.memory import gradient_like
+from sparse_mlp.moe.memory import gradient_like, release
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -87,6 +87,14 @@ def _matmul_gelu(a: Tensor, b: Tensor, onednn: bool, bias: Tensor, gelu: str) ->
     return F.gelu(torch.addmm(bias, a, b), approximate=gelu)
 
 
+def _weight_gradient(a: Tensor, b: Tensor, place: Tensor, room: Tensor, onednn: bool, to_system: bool) -> None:
+    """a^T b into its place in the stack. oneDNN copies a^T if it is a view; into `room`, not into memory of its own."""
+    a_t = room[: a.numel()].view(a.shape[::-1]).copy_(a.t()) if onednn else a.t()
+    product = _matmul(a_t, b, onednn)
+    place.copy_(product)
+    release(product, to_system)
+
+
 def _segments(items_M: Tensor, gates_M: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Each expert that has items, with those and their gates (n, 1)."""
     parts = zip(items_M.split(counts), gates_M.unsqueeze(1).split(counts), strict=True)
@@ -150,8 +158,8 @@ class _SortedExperts(torch.autograd.Function):
         x_ND, w1, w2, b2, gates_M, items_M, *hidden_by_expert = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2, need_gates = ctx.needs_input_grad[:6]
         dx = torch.zeros_like(x_ND, memory_format=torch.contiguous_format) if need_x else None
-        dw1 = gradient_like(w1) if need_w1 else None
-        dw2 = gradient_like(w2) if need_w2 else None
+        dw1, new_w1 = gradient_like(w1) if need_w1 else (None, False)
+        dw2, new_w2 = gradient_like(w2) if need_w2 else (None, False)
         db1 = w1.new_empty(w1.shape[0], w1.shape[2]) if need_b1 else None
         db2 = w2.new_empty(w2.shape[0], w2.shape[2]) if need_b2 else None
         dgates = torch.empty_like(gates_M) if need_gates else None
@@ -164,7 +172,9 @@ class _SortedExperts(torch.autograd.Function):
         grads = [None if grad is None else grad.unbind() for grad in (dw1, db1, dw2, db2)]
         largest = max(map(len, hidden_by_expert), default=0)
         room_x, room_dy, room_H = (x_ND.new_empty(largest, width) for width in (w1.shape[1], *w1.shape[1:]))
+        room_t = x_ND.new_empty(largest * max(w1.shape[1:]) if onednn else 0)
         # As the weights' gradients fill, expert by expert, the activations go: the peak is not the sum of both.
+        memory_is_new = new_w1 or new_w2
         graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         dgates_by_expert = None if dgates is None else dgates.split(ctx.counts)
         segments = _segments(items_M, gates_M, ctx.counts)
@@ -182,7 +192,7 @@ class _SortedExperts(torch.autograd.Function):
                 torch.linalg.vecdot(dact_n, act[:n], out=dgates_by_expert[e]).add_(torch.mv(dy_n, b2_e))
             dy_n *= gates
             if dw2_e is not None:
-                dw2_e.copy_(_matmul(act.t(), dy, onednn))
+                _weight_gradient(act, dy, dw2_e, room_t, onednn, memory_is_new)
             if db2_e is not None:
                 torch.sum(dy, 0, out=db2_e)
             if dx is None and dw1 is None and db1 is None:
@@ -190,13 +200,14 @@ class _SortedExperts(torch.autograd.Function):
             dact_n *= gates
             dhidden = torch.ops.aten.gelu_backward.grad_input(dact, hidden, approximate=ctx.gelu, grad_input=dact)
             if dw1_e is not None:
-                dw1_e.copy_(_matmul(x_e.t(), dhidden, onednn))
+                _weight_gradient(x_e, dhidden, dw1_e, room_t, onednn, memory_is_new)
             if db1_e is not None:
                 torch.sum(dhidden, 0, out=db1_e)
             if dx is not None:
                 dx.index_add_(0, items, _matmul(dhidden, w1_e.t(), onednn)[:n])
+            release(dact, memory_is_new)
             if not graph_is_kept:
-                hidden.untyped_storage().resize_(0)
+                release(hidden, memory_is_new)
         return dx, dw1, db1, dw2, db2, dgates, None, None, None
 
 

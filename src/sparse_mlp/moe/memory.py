@@ -1,8 +1,9 @@
-"""Room for the gradients of all experts: large, and on a CPU fresh memory at every step, which is dear.
+"""Room for the gradients of all experts: large, and on a CPU new memory at every step, which is dear.
 
 At 64 experts, taking a gradient from the system in pages of 4 KiB costs more time than all matrix products. So it is
 taken in huge pages where Linux grants them, and from `KEEP_FROM` bytes on, where glibc would give it back to the system
-at every step, it is kept for the next one, as an allocator for a GPU would.
+at every step, it is kept for the next one, as an allocator for a GPU would. In the step that takes it new, what dies
+meanwhile can go back to the system (`release`), so that the peak is not the sum of both.
 """
 
 from __future__ import annotations
@@ -22,17 +23,26 @@ _HUGE_PAGE = 2**21
 _free: dict[int, list[mmap.mmap]] = {}  # blocks whose tensors are gone, by size
 
 
-def gradient_like(weight: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of the weight's shape, type and device."""
+def gradient_like(weight: Tensor) -> tuple[Tensor, bool]:
+    """An uninitialised contiguous tensor of the weight's shape, type and device; is its memory new, and to be kept?"""
     plain = weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter)
     if plain and weight.nbytes >= KEEP_FROM:
-        return torch.frombuffer(_lease(weight.nbytes), dtype=weight.dtype).view(weight.shape)
+        new = not _free.get(weight.nbytes)
+        return torch.frombuffer(_lease(weight.nbytes), dtype=weight.dtype).view(weight.shape), new
     gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if plain and weight.nbytes >= 2 * _HUGE_PAGE and _MADVISE is not None:
-        start = -(-gradient.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        # advice: where it fails nothing is lost but the speed
-        _MADVISE(start, gradient.data_ptr() + gradient.nbytes - start, mmap.MADV_HUGEPAGE)
-    return gradient
+        _MADVISE(*_pages(gradient), mmap.MADV_HUGEPAGE)  # advice: where it fails nothing is lost but the speed
+    return gradient, False
+
+
+def release(tensor: Tensor, to_system: bool) -> None:
+    """Free a tensor's memory though others hold the tensor; it is empty from then on.
+
+    `to_system`: its pages too, now. glibc, which keeps freed blocks of up to 32 MB, would hold on to them.
+    """
+    if to_system and tensor.device.type == "cpu" and _MADVISE is not None and hasattr(mmap, "MADV_DONTNEED"):
+        _MADVISE(*_pages(tensor), mmap.MADV_DONTNEED)
+    tensor.untyped_storage().resize_(0)
 
 
 def kept() -> int:
@@ -61,6 +71,13 @@ def _lease(size: int) -> ctypes.Array:
 
 def _take_back(size: int, block: mmap.mmap) -> None:
     _free.setdefault(size, []).append(block)
+
+
+def _pages(tensor: Tensor) -> tuple[int, int]:
+    """Address and length of the whole pages within a contiguous tensor."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    return start, max(0, end - start)
 
 
 def _find_madvise() -> Callable[[int, int, int], int] | None:
