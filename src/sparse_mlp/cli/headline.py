@@ -15,6 +15,7 @@ from sparse_mlp.cli.running import check_resume, is_finished, train
 from sparse_mlp.cli.showing import console, count_macs
 from sparse_mlp.recipes.headline import PARTS, NamedRun, headline_runs
 from sparse_mlp.recipes.pretrain import PretrainRecipe, build_pretraining, load_pretraining
+from sparse_mlp.recipes.recipe import Recipe
 from sparse_mlp.report import Arm, read_run, save_png, study_figure, study_table
 
 _HELP = f"""usage: sparse-mlp headline ACTION ...
@@ -82,27 +83,32 @@ def _run(arguments: list[str]) -> None:
         if is_finished(folder):
             progress.print(f"{folder}: finished before", markup=False, soft_wrap=True)
         else:
+            recipe = _recipe(planned, given.out)
             begun = (folder / "config.json").is_file()
             progress.print(f"{folder}: {'going on' if begun else 'training'}", markup=False, soft_wrap=True)
-            _make(planned, given.out, resume=begun)
+            _make(recipe, folder, resume=begun)
         if planned.part == "linear" and not (folder / "knn.json").is_file():
             with distributed.join() as device:
                 distributed.on_main(partial(measure_knn, recipes.load(folder), device, out=folder))
 
 
-def _make(planned: NamedRun, out: Path, *, resume: bool) -> None:
+def _recipe(planned: NamedRun, out: Path) -> Recipe | PretrainRecipe:
+    """The run's configuration, with the weights it begins with. FileNotFoundError where these are not finished."""
+    if planned.source is None:
+        return planned.recipe
+    source = out / planned.source
+    if not is_finished(source):
+        raise FileNotFoundError(f"{planned.name} begins with {source}, which is not finished: run pretrain first")
+    return replace(planned.recipe, model=replace(planned.recipe.model, weights=str(source.resolve())))
+
+
+def _make(recipe: Recipe | PretrainRecipe, folder: Path, *, resume: bool) -> None:
     """One run, from its beginning or from its newest checkpoint to its end."""
-    folder, recipe = out / planned.name, planned.recipe
     if isinstance(recipe, PretrainRecipe):
         if resume:
             check_resume(folder, load_pretraining(folder), recipe)
         train(recipe, folder, resume=resume, build=build_pretraining, finish=pretrain.finish)
         return
-    if planned.source is not None:
-        source = out / planned.source
-        if not is_finished(source):
-            raise FileNotFoundError(f"{planned.name} begins with {source}, which is not finished: run pretrain first")
-        recipe = replace(recipe, model=replace(recipe.model, weights=str(source.resolve())))
     if resume:
         check_resume(folder, recipes.load(folder), recipe)
     train(recipe, folder, resume=resume)
