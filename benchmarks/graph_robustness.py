@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from graph_common import OURS, PUBLISHED, Gcn, Results, dense_features, edge_index, fit_gcn, fit_graph_mlp
+from graph_common import PUBLISHED, Gcn, Results, dense_features, edge_index, fit_gcn, fit_graph_mlp, ours
 from graph_table import bfloat16, plain
 from sparse_mlp.data.graph_files import load_graph
 from sparse_mlp.data.graphs import Graph, add_similar, corrupt_edges, trust_edges
@@ -35,7 +35,7 @@ def before(method: str, graph: Graph, seed: int) -> dict[str, Any]:
         return fit_gcn(graph, seed)
     if method == "mlp":
         return fit_graph_mlp(graph, plain(PUBLISHED["cora"], graph), seed)
-    setting = bfloat16(PUBLISHED[graph.name] if method == "published" else OURS[graph.name])
+    setting = bfloat16(PUBLISHED[graph.name] if method == "published" else ours(graph.name))
     if method == "trust":
         graph = add_similar(trust_edges(graph, TRUST), SIMILAR)
     return fit_graph_mlp(graph, setting, seed)

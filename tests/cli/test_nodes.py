@@ -87,6 +87,14 @@ def test_a_resumed_run_ends_with_the_same_weights(folder, run, tmp_path, monkeyp
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_teacher_is_an_option_of_any_graph(folder, tmp_path, capsys):
+    """With it the run learns something else; without it a recipe's teacher is in nobody's way."""
+    teacher = ["--task.distill", "10", "--teacher.epochs", "5", "--teacher.hops", "2"]
+    assert main(["nodes", "train", str(folder), "--out", str(tmp_path / "taught"), *SHORT, *teacher]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "taught" / "metrics.jsonl").read_text().splitlines()]
+    assert all("distill" in line for line in lines if line["kind"] == "train")
+
+
 def test_prediction_needs_features_only(run, folder, tmp_path):
     graph = load_graph(str(folder))
     np.save(tmp_path / "new.npy", graph.features[graph.splits["test"]])
@@ -112,6 +120,8 @@ def test_prediction_needs_features_only(run, folder, tmp_path):
         (["train", "cora", "--model.hidden-dim", "0"], "hidden_dim must be at least 1, got 0"),
         (["train", "cora", "--model.drop-rate", "1.5"], "drop_rate must be at least 0 and below 1, got 1.5"),
         (["train", "cora", "--model.top-k", "2"], "would be ignored: model.num_experts is 0"),
+        (["train", "cora", "--task.distill", "0", "--teacher.hops", "3"], "would be ignored: task.distill is 0"),
+        (["train", "cora", "--teacher.temperature", "0"], "teacher.temperature must be positive and finite, got 0.0"),
         (["eval"], "nodes eval takes one argument"),
         (["eval", "nowhere"], "nowhere is not a run folder"),
         (["predict", "nowhere"], "nodes predict takes a run"),

@@ -92,7 +92,7 @@ def _train(arguments: list[str]) -> None:
 def _run(recipe: NodeRecipe, folder: Path | None, *, resume: bool) -> None:
     with distributed.join(recipe.train.device) as device:
         run = RunFolder(distributed.on_main(lambda: choose_folder(recipe.name, folder, resume)))
-        job = build_nodes(recipe)
+        job = build_nodes(recipe, told=_say if distributed.is_main() else None)
         parts = {"optim": recipe.optim, "schedule": recipe.schedule, "train": recipe.train}
         trainer = Trainer(job.task, job.loaders, **parts, run=run, device=device)  # type: ignore[arg-type]
         if not resume:
