@@ -76,7 +76,8 @@ def test_two_ranks_learn_what_one_learns(launch, tmp_path):
         out, errors = str(tmp_path / f"{ranks}.pt"), []
         assert launch(program, {"out": out}, ranks=ranks, errors=errors) == [0] * ranks, errors
         results[ranks] = torch.load(out, weights_only=True)
-    assert results[2][0] == pytest.approx(results[1][0], abs=1e-5)
+    # a loss near 60: two units in float32's last place are 8e-6, and how many it takes depends on the processor
+    assert results[2][0] == pytest.approx(results[1][0], rel=1e-6, abs=1e-5)
     for name, value in results[1][1].items():
         torch.testing.assert_close(results[2][1][name], value, atol=1e-5, rtol=1e-4)
 
