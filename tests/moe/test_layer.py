@@ -37,6 +37,13 @@ def outputs_and_gradients(function, layer: MoeMlp, x: torch.Tensor) -> list[torc
     ]
 
 
+@pytest.fixture(params=[0, 10**9], ids=["recompute", "keep"])
+def recompute_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to have an expert's activation in backward, whatever the width."""
+    monkeypatch.setattr(experts, "RECOMPUTE_FROM", request.param)
+
+
+@pytest.mark.usefixtures("recompute_from")
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize(("dim", "items"), [(49, 30), (196, 1), (197, 3), (16, 0), (16, 100)])
 def test_dropless_equals_the_loop_forward_and_all_gradients(naive_moe, dim: int, items: int, top_k: int) -> None:
@@ -57,6 +64,7 @@ def test_dropless_equals_the_loop_at_any_size(naive_moe, dim: int, items: int, e
     torch.testing.assert_close(layer(x), naive_moe(layer, x), atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.usefixtures("recompute_from")
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_kept_graph_can_go_backward_again_and_a_spent_one_says_so(top_k: int) -> None:
     layer = make(top_k=top_k)
@@ -69,15 +77,58 @@ def test_a_kept_graph_can_go_backward_again_and_a_spent_one_says_so(top_k: int) 
         y.backward()
 
 
+@pytest.mark.usefixtures("recompute_from")
+@pytest.mark.skipif(not eager._ONEDNN, reason="this torch has no oneDNN")
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_float32_products_of_the_cpu_give_what_plain_ones_do(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN on padded rows against torch.mm on exact ones, forward and all gradients."""
+def test_both_libraries_for_products_give_the_same(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN on padded rows and torch.mm on exact ones, forward and all gradients, with and without autograd."""
     layer = make(20, 24, 4, top_k)
     x = torch.randn(333, 20)
-    fast = outputs_and_gradients(layer, layer, x)
-    monkeypatch.setattr(eager, "_ONEDNN", False)
-    for a, b in zip(fast, outputs_and_gradients(layer, layer, x), strict=True):
+    results = []
+    for onednn in (True, False):
+        monkeypatch.setattr(experts, "onednn_is_faster", lambda onednn=onednn: onednn)
+        results.append(outputs_and_gradients(layer, layer, x))
+        with torch.no_grad():
+            results[-1].append(layer(x))
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    """Frozen experts, a frozen router, an input without a gradient: the others' gradients are those of all."""
+    layer = make(balance_weight=0.0)
+    x = torch.randn(40, 16)
+    _, all_x, *everything = outputs_and_gradients(layer, layer, x)
+    for name, parameter in layer.named_parameters():
+        layer.requires_grad_(False)
+        parameter.requires_grad_(True)
+        layer.zero_grad()
+        y = layer(x)
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        expected = everything[[other for other, _ in layer.named_parameters()].index(name)]
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-5)
+    layer.requires_grad_(False)
+    _, only_x, *_ = outputs_and_gradients(layer, layer, x)
+    layer.requires_grad_(True)
+    # the router's part of the input's gradient stays: its weights are frozen, its gates are not constant
+    torch.testing.assert_close(only_x, all_x, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "faster"), [("vendor_id : GenuineIntel", False), ("vendor_id : AuthenticAMD", True), (None, True)]
+)
+def test_the_library_goes_by_the_processors_maker(
+    cpuinfo: str | None, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "_ONEDNN", True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(eager.sys, "platform", "linux" if cpuinfo else "win32")
+    monkeypatch.setattr(eager.platform, "processor", lambda: "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD")
+    monkeypatch.setattr(eager.Path, "is_file", lambda path: cpuinfo is not None)
+    monkeypatch.setattr(eager.Path, "read_text", lambda path: cpuinfo)
+    assert eager.onednn_is_faster.__wrapped__() is faster
+    monkeypatch.setattr(eager, "_ONEDNN", False)
+    assert eager.onednn_is_faster.__wrapped__() is False
 
 
 def test_few_sizes_serve_all_loads() -> None:

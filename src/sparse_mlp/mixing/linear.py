@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_mlp.moe.eager import runs_eagerly_on_cpu
+from sparse_mlp.moe.eager import onednn_is_faster, runs_eagerly_on_cpu
 
 __all__ = ["DType", "Device", "Linear", "Mlp", "linear"]
 
@@ -28,6 +28,7 @@ def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         runs_eagerly_on_cpu(*tensors)  # first: a compiler must not see, and guard on, the sizes below
+        and onednn_is_faster()
         and all(t.dtype == torch.float32 for t in tensors)
         and x.dim() >= 2
         and x.numel() >= MIN_ROWS * x.shape[-1] > 0

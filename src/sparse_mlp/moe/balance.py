@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_mlp.moe.router import Routing, largest, softmax_over_experts
+from sparse_mlp.moe.router import Routing, softmax_over_experts
 
 
 def squared_variation(total_E: Tensor) -> Tensor:
@@ -19,13 +19,12 @@ def importance(logits_NE: Tensor) -> Tensor:
     return softmax_over_experts(logits_NE).sum(0)
 
 
-def load(logits_NE: Tensor, noisy_NE: Tensor, noise_std: float, top_k: int) -> Tensor:
+def load(logits_NE: Tensor, threshold_N1: Tensor, noise_std: float) -> Tensor:
     """Load_e = sum over items of P(e stays in the item's top K if e's noise is drawn anew). (N, E) -> (E,).
 
     The probability is 1 - Phi((t - logits_e) / noise_std), t the item's K-th largest noisy logit: a smooth stand-in
     for the number of items an expert gets (Shazeer et al. 2017, appendix A; V-MoE, appendix A).
     """
-    threshold_N1 = largest(noisy_NE, top_k)[0][:, -1:]
     return torch.special.ndtr((logits_NE - threshold_N1) / noise_std).sum(0)
 
 
@@ -33,7 +32,8 @@ def expert_totals(routing: Routing, noise_std: float) -> Tensor:
     """Importance and, where there is noise (without it the load is undefined), load: (1 or 2, E), sums over items."""
     totals = [importance(routing.logits_NE)]
     if noise_std > 0:
-        totals.append(load(routing.logits_NE, routing.noisy_NE, noise_std, routing.experts_NK.shape[1]))
+        threshold_N1 = routing.noisy_NE.gather(1, routing.experts_NK[:, -1:])
+        totals.append(load(routing.logits_NE, threshold_N1, noise_std))
     return torch.stack(totals)
 
 

@@ -1,17 +1,15 @@
 """E stacked two-layer MLPs, and the two ways to run them: over items sorted by expert, or over slots.
 
 The sorted form is one autograd function with its own backward. It works on one expert at a time, so that the hidden
-activations of that expert are still in cache when the next operation reads them, writes each expert's weight gradient
-into its place (indexing `weight[e]` under autograd fills a whole (E, D, H) gradient of zeros per expert), and keeps for
-backward only the input and the hidden pre-activations.
+activations of that expert are still in cache when the next operation reads them, and writes what it makes into its
+place: an expert's weight gradient into the stack (indexing `weight[e]` under autograd fills a whole (E, D, H) gradient
+of zeros per expert), its outputs among those of the sorted assignments, which are put in the items' order at the end
+(adding them up item by item is done by one thread).
 
-Its matrix products go through `_matmul` below, which takes oneDNN's where it can: torch's own float32 products call
-MKL, which on an AMD CPU of this decade reaches half of what oneDNN does (benchmarks/moe_layer.py prints both).
+On a CPU its float32 products go to oneDNN or to torch's own MKL, whichever is the faster one on the processor.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparse_mlp.moe import dispatch
-from sparse_mlp.moe.eager import runs_eagerly_on_cpu
+from sparse_mlp.moe.eager import onednn_is_faster, runs_eagerly_on_cpu
 from sparse_mlp.moe.memory import gradient_like, release
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+RECOMPUTE_FROM = 768  # width D from which GELU again in backward costs a hundredth of the products
 
 
 class ExpertLinear(nn.Module):
@@ -53,7 +52,7 @@ class ExpertLinear(nn.Module):
 
 
 def _use_onednn(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and runs_eagerly_on_cpu(x)
+    return x.dtype == torch.float32 and onednn_is_faster() and runs_eagerly_on_cpu(x)
 
 
 def _rows(n: int, onednn: bool) -> int:
@@ -73,37 +72,62 @@ def _gather(x_ND: Tensor, items: Tensor, room: Tensor) -> Tensor:
     return room
 
 
-def _matmul(a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None) -> Tensor:
-    """a @ b + bias; any strides."""
+def _matmul(a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a @ b + bias; any strides. In `out` where the library can: fresh memory costs as much as a tenth of a product."""
     if onednn:
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
-    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
-def _matmul_gelu(a: Tensor, b: Tensor, onednn: bool, bias: Tensor, gelu: str) -> Tensor:
+def _matmul_gelu(a: Tensor, b: Tensor, onednn: bool, bias: Tensor, gelu: str, out: Tensor | None = None) -> Tensor:
     """gelu(a @ b + bias), in one operation where oneDNN has it."""
     if onednn:
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "gelu", [], gelu)
-    return F.gelu(torch.addmm(bias, a, b), approximate=gelu)
+    hidden = torch.addmm(bias, a, b, out=out)
+    return torch.ops.aten.gelu.out(hidden, approximate=gelu, out=hidden)
+
+
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None) -> None:
+    """The first rows of a @ b + bias, as many as `out` has."""
+    if onednn:
+        out.copy_(_matmul(a, b, onednn, bias)[: len(out)])
+    else:
+        _matmul(a, b, onednn, bias, out)
 
 
 def _weight_gradient(a: Tensor, b: Tensor, place: Tensor, room: Tensor, onednn: bool, to_system: bool) -> None:
     """a^T b into its place in the stack. oneDNN copies a^T if it is a view; into `room`, not into memory of its own."""
-    a_t = room[: a.numel()].view(a.shape[::-1]).copy_(a.t()) if onednn else a.t()
+    if not onednn:
+        torch.mm(a.t(), b, out=place)
+        return
+    a_t = room[: a.numel()].view(a.shape[::-1]).copy_(a.t())
     product = _matmul(a_t, b, onednn)
     place.copy_(product)
     release(product, to_system)
 
 
-def _segments(items_M: Tensor, gates_M: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each expert that has items, with those and their gates (n, 1)."""
-    parts = zip(items_M.split(counts), gates_M.unsqueeze(1).split(counts), strict=True)
-    return ((e, items, gates) for e, (items, gates) in enumerate(parts) if len(items))
-
-
 def _by_expert(*stacks: Tensor) -> list[tuple[Tensor, ...]]:
     """Entry e of each stack, for all e: one operation a stack and not one an expert."""
     return list(zip(*(stack.unbind() for stack in stacks), strict=True))
+
+
+def _places(order_M: Tensor, top_k: int) -> Tensor:
+    """Where each assignment stands among the sorted ones, (N, K)."""
+    places_M = torch.empty_like(order_M)
+    places_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+    return places_M.view(-1, top_k)
+
+
+def _combine(rows_MD: Tensor, places_NK: Tensor, gates_NK: Tensor | None = None) -> Tensor:
+    """sum_k gate_k row_k of each item, from the rows of sorted assignments: (M, D) -> (N, D)."""
+    y_ND = None
+    for k, places_N in enumerate(places_NK.unbind(1)):
+        rows_ND = rows_MD.index_select(0, places_N)
+        if gates_NK is not None:
+            rows_ND *= gates_NK[:, k, None]
+        y_ND = rows_ND if y_ND is None else y_ND.add_(rows_ND)
+    assert y_ND is not None, "K is at least 1"
+    return y_ND
 
 
 def _run_sorted(
@@ -112,103 +136,125 @@ def _run_sorted(
     b1: Tensor,
     w2: Tensor,
     b2: Tensor,
-    gates_M: Tensor,
-    items_M: Tensor,
+    gates_NK: Tensor,
+    order_M: Tensor,
     counts: list[int],
     gelu: str,
 ) -> Tensor:
     """sum_k gate_k expert_k(x), expert by expert, without a backward."""
-    y_ND = torch.zeros_like(x_ND, memory_format=torch.contiguous_format)
-    onednn = _use_onednn(x_ND)
-    weights = _by_expert(w1, b1, w2, b2)
-    room_D = x_ND.new_empty(_rows(max(counts), onednn), x_ND.shape[1])
-    for e, items, gates in _segments(items_M, gates_M, counts):
-        w1_e, b1_e, w2_e, b2_e = weights[e]
-        x_e = _gather(x_ND, items, room_D[: _rows(len(items), onednn)])
-        outputs = _matmul(_matmul_gelu(x_e, w1_e, onednn, b1_e, gelu), w2_e, onednn, b2_e)[: len(items)]
-        y_ND.index_add_(0, items, outputs.mul_(gates))  # an item appears once per expert: no collisions
-    return y_ND
+    top_k, onednn = gates_NK.shape[1], _use_onednn(x_ND)
+    largest = _rows(max(counts), onednn)
+    room_D, room_H = x_ND.new_empty(largest, w1.shape[1]), x_ND.new_empty(0 if onednn else largest, w1.shape[2])
+    out_MD = x_ND.new_empty(len(order_M), w2.shape[2])
+    segments = zip((order_M // top_k).split(counts), out_MD.split(counts), _by_expert(w1, b1, w2, b2), strict=True)
+    for items, out, (w1_e, b1_e, w2_e, b2_e) in segments:
+        if n := len(items):
+            x_e = _gather(x_ND, items, room_D[: _rows(n, onednn)])
+            act = _matmul_gelu(x_e, w1_e, onednn, b1_e, gelu, room_H[:n])
+            _matmul_into(out, act, w2_e, onednn, b2_e)
+    return _combine(out_MD, _places(order_M, top_k), gates_NK)
 
 
 class _SortedExperts(torch.autograd.Function):
-    """`_run_sorted` with a backward, which keeps one (N, H) activation where autograd keeps two."""
+    """`_run_sorted` with a backward, which from `RECOMPUTE_FROM` on keeps one (M, H) activation; autograd keeps two."""
 
     @staticmethod
-    def forward(ctx, x_ND, w1, b1, w2, b2, gates_M, items_M, counts, gelu):  # type: ignore[no-untyped-def]
-        y_ND = torch.zeros_like(x_ND, memory_format=torch.contiguous_format)
-        onednn = _use_onednn(x_ND)
-        weights = _by_expert(w1, b1, w2, b2)
+    def forward(ctx, x_ND, w1, b1, w2, b2, gates_NK, order_M, counts, gelu):  # type: ignore[no-untyped-def]
+        top_k, onednn = gates_NK.shape[1], _use_onednn(x_ND)
+        recompute = w1.shape[1] >= RECOMPUTE_FROM
         room_D, room_H = (x_ND.new_empty(_rows(max(counts), onednn), width) for width in w1.shape[1:])
-        hidden_by_expert = []
-        for e, items, gates in _segments(items_M, gates_M, counts):
-            w1_e, b1_e, w2_e, b2_e = weights[e]
-            rows = _rows(len(items), onednn)
-            hidden = _matmul(_gather(x_ND, items, room_D[:rows]), w1_e, onednn, b1_e)
-            act = torch.ops.aten.gelu.out(hidden, approximate=gelu, out=room_H[:rows])
-            outputs = _matmul(act, w2_e, onednn, b2_e)[: len(items)]
-            y_ND.index_add_(0, items, outputs.mul_(gates))
-            hidden_by_expert.append(hidden)
-        ctx.save_for_backward(x_ND, w1, w2, b2, gates_M, items_M, *hidden_by_expert)
-        ctx.counts, ctx.gelu = counts, gelu
-        return y_ND
+        out_MD, hidden_by_expert, act_by_expert = x_ND.new_empty(len(order_M), w2.shape[2]), [], []
+        segments = zip((order_M // top_k).split(counts), out_MD.split(counts), _by_expert(w1, b1, w2, b2), strict=True)
+        for items, out, (w1_e, b1_e, w2_e, b2_e) in segments:
+            if n := len(items):
+                rows = _rows(n, onednn)
+                hidden = _matmul(_gather(x_ND, items, room_D[:rows]), w1_e, onednn, b1_e)
+                act = torch.ops.aten.gelu.out(
+                    hidden, approximate=gelu, out=room_H[:rows] if recompute else torch.empty_like(hidden)
+                )
+                _matmul_into(out, act, w2_e, onednn, b2_e)
+                hidden_by_expert.append(hidden)
+                if not recompute:
+                    act_by_expert.append(act)
+        places_NK = _places(order_M, top_k)
+        ctx.save_for_backward(x_ND, w1, w2, gates_NK, order_M, places_NK, out_MD, *hidden_by_expert, *act_by_expert)
+        ctx.counts, ctx.gelu, ctx.recompute = counts, gelu, recompute
+        return _combine(out_MD, places_NK, gates_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
-        x_ND, w1, w2, b2, gates_M, items_M, *hidden_by_expert = ctx.saved_tensors
-        need_x, need_w1, need_b1, need_w2, need_b2, need_gates = ctx.needs_input_grad[:6]
-        dx = torch.zeros_like(x_ND, memory_format=torch.contiguous_format) if need_x else None
-        dw1, new_w1 = gradient_like(w1) if need_w1 else (None, False)
-        dw2, new_w2 = gradient_like(w2) if need_w2 else (None, False)
-        db1 = w1.new_empty(w1.shape[0], w1.shape[2]) if need_b1 else None
-        db2 = w2.new_empty(w2.shape[0], w2.shape[2]) if need_b2 else None
-        dgates = torch.empty_like(gates_M) if need_gates else None
-        for e in (e for e, n in enumerate(ctx.counts) if not n):
-            for grad in (dw1, db1, dw2, db2):
-                if grad is not None:
-                    grad[e].zero_()
+        x_ND, w1, w2, gates_NK, order_M, places_NK, out_MD, *kept = ctx.saved_tensors
+        need_x, *need_weights, need_gates = ctx.needs_input_grad[:6]
+        graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         onednn = _use_onednn(grad_ND)
-        weights = _by_expert(w1, w2, b2)
-        grads = [None if grad is None else grad.unbind() for grad in (dw1, db1, dw2, db2)]
+        grads, memory_is_new = _weight_gradients(w1, w2, need_weights, ctx.counts)
+        # an expert's outputs are read for the last time before its part of the input's gradient is written
+        dx_MD = torch.empty_like(out_MD) if graph_is_kept else out_MD
+        dgates_M = gates_NK.new_empty(len(order_M) if need_gates else 0)
+        parts = zip(
+            (order_M // gates_NK.shape[1]).split(ctx.counts),
+            gates_NK.reshape(-1)[order_M].unsqueeze(1).split(ctx.counts),
+            dgates_M.split(ctx.counts) if need_gates else ctx.counts,
+            out_MD.split(ctx.counts),
+            dx_MD.split(ctx.counts),
+            _by_expert(w1, w2),
+            zip(*([None] * len(ctx.counts) if grad is None else grad.unbind() for grad in grads), strict=True),
+            strict=True,
+        )
+        loaded = [part for part, n in zip(parts, ctx.counts, strict=True) if n]
+        hidden_by_expert, act_by_expert = kept[: len(loaded)], kept[len(loaded) :] or [None] * len(loaded)
         largest = max(map(len, hidden_by_expert), default=0)
         room_x, room_dy, room_H = (x_ND.new_empty(largest, width) for width in (w1.shape[1], *w1.shape[1:]))
+        room_dact = x_ND.new_empty(0 if onednn else largest, w1.shape[2])
         room_t = x_ND.new_empty(largest * max(w1.shape[1:]) if onednn else 0)
-        # As the weights' gradients fill, expert by expert, the activations go: the peak is not the sum of both.
-        memory_is_new = new_w1 or new_w2
-        graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        dgates_by_expert = None if dgates is None else dgates.split(ctx.counts)
-        segments = _segments(items_M, gates_M, ctx.counts)
-        for (e, items, gates), hidden in zip(segments, hidden_by_expert, strict=True):
-            w1_e, w2_e, b2_e = weights[e]
-            dw1_e, db1_e, dw2_e, db2_e = (None if grad is None else grad[e] for grad in grads)
+        for part, hidden, act in zip(loaded, hidden_by_expert, act_by_expert, strict=True):
+            items, gates, dgates, out, dx, (w1_e, w2_e), (dw1_e, db1_e, dw2_e, db2_e) = part
             n, rows = len(items), len(hidden)
             # rows past the items are zero here, and so add nothing to any gradient below
             dy, x_e = _gather(grad_ND, items, room_dy[:rows]), _gather(x_ND, items, room_x[:rows])
-            act = torch.ops.aten.gelu.out(hidden, approximate=ctx.gelu, out=room_H[:rows])
-            dact = _matmul(dy, w2_e.t(), onednn)
-            dy_n, dact_n = dy[:n], dact[:n]
-            if dgates_by_expert is not None:
-                # dy . (act w2 + b2), without the outputs: what dact = dy w2^T is at hand for
-                torch.linalg.vecdot(dact_n, act[:n], out=dgates_by_expert[e]).add_(torch.mv(dy_n, b2_e))
-            dy_n *= gates
-            if dw2_e is not None:
-                _weight_gradient(act, dy, dw2_e, room_t, onednn, memory_is_new)
+            if need_gates:
+                torch.linalg.vecdot(dy[:n], out, out=dgates)
+            dy[:n] *= gates
             if db2_e is not None:
                 torch.sum(dy, 0, out=db2_e)
-            if dx is None and dw1 is None and db1 is None:
-                continue
-            dact_n *= gates
-            dhidden = torch.ops.aten.gelu_backward.grad_input(dact, hidden, approximate=ctx.gelu, grad_input=dact)
-            if dw1_e is not None:
-                _weight_gradient(x_e, dhidden, dw1_e, room_t, onednn, memory_is_new)
-            if db1_e is not None:
-                torch.sum(dhidden, 0, out=db1_e)
-            if dx is not None:
-                dx.index_add_(0, items, _matmul(dhidden, w1_e.t(), onednn)[:n])
-            release(dact, memory_is_new)
-            if not graph_is_kept:
+            if dw2_e is not None:
+                if act is None:
+                    act = torch.ops.aten.gelu.out(hidden, approximate=ctx.gelu, out=room_H[:rows])
+                _weight_gradient(act, dy, dw2_e, room_t, onednn, memory_is_new)
+            if dw1_e is not None or db1_e is not None or need_x:
+                dact = _matmul(dy, w2_e.t(), onednn, out=room_dact[:rows])
+                dhidden = torch.ops.aten.gelu_backward.grad_input(dact, hidden, approximate=ctx.gelu, grad_input=dact)
+                if dw1_e is not None:
+                    _weight_gradient(x_e, dhidden, dw1_e, room_t, onednn, memory_is_new)
+                if db1_e is not None:
+                    torch.sum(dhidden, 0, out=db1_e)
+                if need_x:
+                    _matmul_into(dx, dhidden, w1_e.t(), onednn)
+                if onednn:
+                    release(dact, memory_is_new)
+            if not graph_is_kept:  # as the weights' gradients fill, the activations go: the peak is not the sum of both
                 release(hidden, memory_is_new)
-        return dx, dw1, db1, dw2, db2, dgates, None, None, None
+                if not ctx.recompute:
+                    release(act, memory_is_new)
+        dgates_NK = dgates_M[places_NK] if need_gates else None
+        return _combine(dx_MD, places_NK) if need_x else None, *grads, dgates_NK, None, None, None
+
+
+def _weight_gradients(
+    w1: Tensor, w2: Tensor, needed: list[bool], counts: list[int]
+) -> tuple[tuple[Tensor | None, ...], bool]:
+    """Room for the gradients of w1, b1, w2, b2, zero where an expert has no item; is it new, and to be kept?"""
+    need_w1, need_b1, need_w2, need_b2 = needed
+    dw1, new_w1 = gradient_like(w1) if need_w1 else (None, False)
+    dw2, new_w2 = gradient_like(w2) if need_w2 else (None, False)
+    db1, db2 = (w.new_empty(w.shape[0], w.shape[2]) if need else None for w, need in ((w1, need_b1), (w2, need_b2)))
+    grads = dw1, db1, dw2, db2
+    for e in (e for e, n in enumerate(counts) if not n):
+        for grad in grads:
+            if grad is not None:
+                grad[e].zero_()
+    return grads, new_w1 or new_w2
 
 
 class Experts(nn.Module):
@@ -239,10 +285,10 @@ class Experts(nn.Module):
     def forward_sorted(self, x_ND: Tensor, gates_NK: Tensor, order_M: Tensor, counts_E: Tensor) -> Tensor:
         """Dropless, over items in the order of `dispatch.sort_by_expert`; reads the counts: one wait for the device."""
         x_ND, w1, b1, w2, b2 = self._operands(x_ND)
-        gates_M, items_M = gates_NK.reshape(-1)[order_M].to(x_ND.dtype), order_M // gates_NK.shape[1]
-        differentiable = any(t.requires_grad for t in (x_ND, w1, b1, w2, b2, gates_M))
+        gates_NK = gates_NK.to(x_ND.dtype)
+        differentiable = any(t.requires_grad for t in (x_ND, w1, b1, w2, b2, gates_NK))
         run = _SortedExperts.apply if torch.is_grad_enabled() and differentiable else _run_sorted
-        return run(x_ND, w1, b1, w2, b2, gates_M, items_M, counts_E.tolist(), self.gelu)
+        return run(x_ND, w1, b1, w2, b2, gates_NK, order_M, counts_E.tolist(), self.gelu)
 
     def forward_slots(
         self, x_ND: Tensor, gates_NK: Tensor, slots: dispatch.Slots, expert_of_block: Tensor | None = None

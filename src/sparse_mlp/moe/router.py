@@ -28,11 +28,11 @@ def softmax_over_experts(logits_NE: Tensor) -> Tensor:
     return logits_NE.t().softmax(0).t()
 
 
-def largest(values_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each item in falling order and their experts, (N, k) each."""
+def largest(values_NE: Tensor, k: int) -> Tensor:
+    """The experts of each item's k largest values, in falling order of these: (N, k)."""
     if k == 1:  # several times faster than topk
-        return values_NE.max(-1, keepdim=True)
-    return values_NE.topk(k, dim=-1)
+        return values_NE.max(-1, keepdim=True)[1]
+    return values_NE.topk(k, dim=-1)[1]
 
 
 class NoisyTopKRouter(nn.Module):
@@ -76,5 +76,6 @@ class NoisyTopKRouter(nn.Module):
         noisy_NE = logits_NE
         if self.training and self.noise_std > 0:
             noisy_NE = logits_NE + self.noise_std * torch.randn_like(logits_NE)
-        gates_NK, experts_NK = largest(softmax_over_experts(noisy_NE), self.top_k)
-        return Routing(gates_NK, experts_NK, logits_NE, noisy_NE)
+        # chosen by the logits: a softmax may round two of them to the same gate, or to zero
+        experts_NK = largest(noisy_NE.detach(), self.top_k)
+        return Routing(softmax_over_experts(noisy_NE).gather(1, experts_NK), experts_NK, logits_NE, noisy_NE)
