@@ -205,7 +205,8 @@ class _SortedExperts(torch.autograd.Function):
         loaded = [part for part, n in zip(parts, ctx.counts, strict=True) if n]
         hidden_by_expert, act_by_expert = kept[: len(loaded)], kept[len(loaded) :] or [None] * len(loaded)
         largest = max(map(len, hidden_by_expert), default=0)
-        room_x, room_dy, room_H = (x_ND.new_empty(largest, width) for width in (w1.shape[1], *w1.shape[1:]))
+        room_x, room_dy = x_ND.new_empty(largest, w1.shape[1]), x_ND.new_empty(largest, w1.shape[1])
+        room_act = x_ND.new_empty(largest if ctx.recompute else 0, w1.shape[2])
         room_dact = x_ND.new_empty(0 if onednn else largest, w1.shape[2])
         room_t = x_ND.new_empty(largest * max(w1.shape[1:]) if onednn else 0)
         for part, hidden, act in zip(loaded, hidden_by_expert, act_by_expert, strict=True):
@@ -220,7 +221,7 @@ class _SortedExperts(torch.autograd.Function):
                 torch.sum(dy, 0, out=db2_e)
             if dw2_e is not None:
                 if act is None:
-                    act = torch.ops.aten.gelu.out(hidden, approximate=ctx.gelu, out=room_H[:rows])
+                    act = torch.ops.aten.gelu.out(hidden, approximate=ctx.gelu, out=room_act[:rows])
                 _weight_gradient(act, dy, dw2_e, room_t, onednn, memory_is_new)
             if dw1_e is not None or db1_e is not None or need_x:
                 dact = _matmul(dy, w2_e.t(), onednn, out=room_dact[:rows])
