@@ -1,8 +1,8 @@
 """The linear map that all models here spend their time in, on the fastest product torch ships for it.
 
 On a CPU in float32 `torch.nn.functional.linear` goes to MKL, which on processors not made by Intel runs at about half
-the speed of oneDNN, which torch carries too but uses for low precision only. `linear` calls oneDNN where that is
-possible in eager mode and is `F.linear` (plus `F.gelu`) everywhere else: other devices and dtypes, autocast,
+the speed of oneDNN, which torch carries too but uses for low precision only. On those `linear` calls oneDNN where that
+is possible in eager mode; it is `F.linear` (plus `F.gelu`) everywhere else: other devices and dtypes, autocast,
 torch.compile, torch.export, tracing, torch.func and under any dispatch mode, such as a FLOP counter. Both are float32
 products that differ in rounding.
 """
