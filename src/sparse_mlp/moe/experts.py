@@ -162,16 +162,16 @@ class _SortedExperts(torch.autograd.Function):
     def forward(ctx, x_ND, w1, b1, w2, b2, gates_NK, order_M, counts, gelu):  # type: ignore[no-untyped-def]
         top_k, onednn = gates_NK.shape[1], _use_onednn(x_ND)
         recompute = w1.shape[1] >= RECOMPUTE_FROM
-        room_D, room_H = (x_ND.new_empty(_rows(max(counts), onednn), width) for width in w1.shape[1:])
+        largest = _rows(max(counts), onednn)
+        room_D, room_H = x_ND.new_empty(largest, w1.shape[1]), x_ND.new_empty(largest if recompute else 0, w1.shape[2])
         out_MD, hidden_by_expert, act_by_expert = x_ND.new_empty(len(order_M), w2.shape[2]), [], []
         segments = zip((order_M // top_k).split(counts), out_MD.split(counts), _by_expert(w1, b1, w2, b2), strict=True)
         for items, out, (w1_e, b1_e, w2_e, b2_e) in segments:
             if n := len(items):
                 rows = _rows(n, onednn)
                 hidden = _matmul(_gather(x_ND, items, room_D[:rows]), w1_e, onednn, b1_e)
-                act = torch.ops.aten.gelu.out(
-                    hidden, approximate=gelu, out=room_H[:rows] if recompute else torch.empty_like(hidden)
-                )
+                act = room_H[:rows] if recompute else torch.empty_like(hidden)
+                torch.ops.aten.gelu.out(hidden, approximate=gelu, out=act)
                 _matmul_into(out, act, w2_e, onednn, b2_e)
                 hidden_by_expert.append(hidden)
                 if not recompute:
