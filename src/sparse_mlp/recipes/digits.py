@@ -11,7 +11,7 @@ from sparse_mlp.tasks.classify import ClassifyConfig
 
 
 def digits_sparse() -> Recipe:
-    """A small Sparse-MLP on the digits: 98.2 % (seed 0) in 1.3 minutes on two cores of an AMD EPYC, 2026-11-23.
+    """A small Sparse-MLP on the digits: 98.5 % (seed 0) in 1.5 minutes on two cores of an Intel Xeon, 2026-11-26.
 
     sparse-mlp train digits_sparse
     """
