@@ -16,20 +16,23 @@ from sparse_mlp.data.graphs import planted_graph
 SHORT = ["--train.steps", "12", "--train.threads", "1", "--data.batch-size", "200", "--train.eval-every", "6"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A graph as a saved `Data`."""
+def save_graph(path, left_out=()):
+    """A graph as a saved `Data`, some of its masks empty."""
     data = pytest.importorskip("torch_geometric.data")
     graph = planted_graph(400, 2000, classes=3, features=8)
     coo = graph.adjacency.tocoo()
     masks = {f"{name}_mask": torch.zeros(400, dtype=torch.bool) for name in graph.splits}
     for name, ids in graph.splits.items():
-        masks[f"{name}_mask"][ids] = True
+        masks[f"{name}_mask"][ids] = name not in left_out
     edges = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
     made = data.Data(x=torch.from_numpy(graph.features), edge_index=edges, y=torch.from_numpy(graph.labels), **masks)
-    path = tmp_path_factory.mktemp("planted")
     torch.save(made, path / "data.pt")
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_graph(tmp_path_factory.mktemp("planted"))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,14 @@ def test_a_teacher_is_an_option_of_any_graph(folder, tmp_path, capsys):
     assert main(["nodes", "train", str(folder), "--out", str(tmp_path / "taught"), *SHORT, *teacher]) == 0
     lines = [json.loads(line) for line in (tmp_path / "taught" / "metrics.jsonl").read_text().splitlines()]
     assert all("distill" in line for line in lines if line["kind"] == "train")
+
+
+def test_a_teacher_that_cannot_be_is_not_announced(tmp_path, capsys):
+    """Several starts, and no validation node to choose the best by: one line, before any training."""
+    options = ["--task.distill", "10", "--teacher.starts", "2", "--out", str(tmp_path / "run")]
+    assert main(["nodes", "train", str(save_graph(tmp_path, left_out=["val"])), *options]) == 2
+    error = capsys.readouterr().err
+    assert "teacher.starts 2 needs validation nodes" in error and error.count("\n") == 1
 
 
 def test_prediction_needs_features_only(run, folder, tmp_path):

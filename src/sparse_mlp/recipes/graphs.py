@@ -125,9 +125,8 @@ def cora() -> NodeRecipe:
 
 def citeseer() -> NodeRecipe:
     """Citeseer: the published losses, and a teacher's probabilities to learn. sparse-mlp nodes train citeseer"""
-    teacher = TeacherConfig(
-        hops=2, samples=2, input_drop_rate=0.0, drop_rate=0.2, consistency=0.7, temperature=0.3
-    )  # GRAND's for Citeseer
+    # GRAND's for Citeseer
+    teacher = TeacherConfig(hops=2, samples=2, input_drop_rate=0.0, drop_rate=0.2, consistency=0.7, temperature=0.3)
     return _taught("citeseer", NodeLossConfig(alpha=1.0, tau=0.5, distill=10.0), teacher)
 
 
@@ -186,9 +185,7 @@ def build_nodes(recipe: NodeRecipe, told: Callable[[str], None] | None = None) -
 
     if not recipe.task.distill and recipe.teacher != node_recipe(config.source).teacher:
         raise ValueError("the options of teacher would be ignored: task.distill is 0, there is no teacher")
-    if recipe.task.distill and told is not None:
-        told("training the teacher first: seconds to a minute")
-    soft = teach(graph, train.seed, recipe.teacher) if recipe.task.distill else None
+    soft = teach(graph, train.seed, recipe.teacher, told) if recipe.task.distill else None
 
     def batches(*, start_step: int, steps: int, rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
         made = NodeBatches(

@@ -12,6 +12,7 @@ Legend: N nodes, F features, S samples, D hidden, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,16 +130,21 @@ def disagreement(logits_SNC: Tensor, temperature: float) -> Tensor:
     return (probabilities - sharp).square().sum(-1).mean()
 
 
-def teach(graph: Graph, seed: int, config: TeacherConfig | None = None) -> np.ndarray:
+def teach(
+    graph: Graph, seed: int, config: TeacherConfig | None = None, told: Callable[[str], None] | None = None
+) -> np.ndarray:
     """Probabilities (N, C), float32, of a teacher trained on the graph; a pure function of its arguments.
 
     They are those of the first epoch of best validation accuracy (of equal ones, that of the lowest validation loss);
-    of the last epoch where there are no validation nodes. The random state of the caller stays as it is.
+    of the last epoch where there are no validation nodes. The random state of the caller stays as it is. `told` gets a
+    line before it begins.
     ValueError for several starts without validation nodes to choose by.
     """
     config = config or TeacherConfig()
     if config.starts > 1 and not len(graph.splits.get("val", ())):
         raise ValueError(f"{graph.name}: teacher.starts {config.starts} needs validation nodes to choose by")
+    if told is not None:
+        told("training the teacher first: seconds to a minute")
     adjacency, x = feature_rows(normalized_adjacency(graph.adjacency)), _features(graph, config.unit_rows)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
