@@ -18,13 +18,14 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from interleaved import interleave, print_table, ratio, settle_allocator, write_json
 from peers import PEERS
-from sparse_mlp.moe import MoeMlp
+from sparse_mlp.moe import MoeMlp, experts
 from sparse_mlp.moe import memory as memory_of_gradients
 
 SHAPES = {
@@ -80,6 +81,22 @@ def against_dense(threads: int, rounds: int, with_peers: bool) -> list[Row]:
             row["bound"] = top_k * ratio(seconds, "products", "dense")
             rows.append(row)
     return rows
+
+
+def libraries(threads: int, rounds: int) -> list[Row]:
+    """The layer on MKL's products and on oneDNN's, first shape; it takes the one its processor's maker suggests."""
+    items, dim, hidden = next(iter(SHAPES.values()))
+    x = torch.randn(items, dim, requires_grad=True)
+    step = train_step(MoeMlp(dim, hidden, 8, 1), x)
+
+    def on(onednn: bool) -> None:
+        with mock.patch.object(experts, "onednn_is_faster", lambda: onednn):
+            step()
+
+    runs = {"dense": train_step(dense_mlp(dim, hidden), x), "MKL": lambda: on(False), "oneDNN": lambda: on(True)}
+    seconds = interleave(runs, rounds)
+    row: Row = {"threads": threads} | {name: ratio(seconds, name, "dense") for name in ("MKL", "oneDNN")}
+    return [row | {"taken": "oneDNN" if experts.onednn_is_faster() else "MKL"}]
 
 
 def more_experts(threads: int, rounds: int) -> list[Row]:
@@ -199,6 +216,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         title = "Forward + backward, ratio to the dense layer (E=8, no drops; bound: the products alone)"
         show(title, against_dense(threads, args.rounds, args.peers))
+        show("By library, ratio to the dense layer (first shape, E=8, K=1)", libraries(threads, args.rounds))
         show("More experts at equal multiply-adds (first shape, K=1)", more_experts(threads, args.rounds))
         show("Narrow layers, forward + backward, ratio to the dense layer (E=8, K=1)", narrow(threads, args.rounds))
         show("One image, forward, ratio to the dense layer (E=8, K=1)", one_image(threads, args.rounds))

@@ -191,11 +191,11 @@ class _SortedExperts(torch.autograd.Function):
         grads, memory_is_new = _weight_gradients(w1, w2, need_weights, ctx.counts)
         # an expert's outputs are read for the last time before its part of the input's gradient is written
         dx_MD = torch.empty_like(out_MD) if graph_is_kept else out_MD
-        dgates_M = gates_NK.new_empty(len(order_M) if need_gates else 0)
+        dgates_M = gates_NK.new_empty(len(order_M))
         parts = zip(
             (order_M // gates_NK.shape[1]).split(ctx.counts),
             gates_NK.reshape(-1)[order_M].unsqueeze(1).split(ctx.counts),
-            dgates_M.split(ctx.counts) if need_gates else ctx.counts,
+            dgates_M.split(ctx.counts),
             out_MD.split(ctx.counts),
             dx_MD.split(ctx.counts),
             _by_expert(w1, w2),
