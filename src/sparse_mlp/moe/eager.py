@@ -18,8 +18,8 @@ def onednn_is_faster() -> bool:
     """Whether float32 products are faster by oneDNN than by MKL, which torch calls: on x86 processors not Intel's.
 
     Measured on an AMD EPYC, where MKL reaches half the speed, and on an Intel Xeon, where an MoE layer takes a tenth
-    longer on oneDNN's (benchmarks/moe_layer.py prints both). Decided by the maker's name, not by a stopwatch: a run must give the same
-    bits twice.
+    longer on oneDNN's (benchmarks/moe_layer.py prints both). Decided by the maker's name, not by a stopwatch: a run
+    must give the same bits twice.
     """
     if not _ONEDNN or not torch.backends.mkl.is_available() or sys.platform == "darwin":
         return False
