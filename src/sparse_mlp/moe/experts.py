@@ -11,6 +11,9 @@ On a CPU its float32 products go to oneDNN or to torch's own MKL, whichever is t
 
 from __future__ import annotations
 
+from itertools import accumulate
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,14 +65,41 @@ def _rows(n: int, onednn: bool) -> int:
     return -(-n // step) * step
 
 
-def _gather(x_ND: Tensor, items: Tensor, room: Tensor) -> Tensor:
-    """The items' rows of x in `room`, then zeros to its end."""
-    n = len(items)
-    if n == len(room):
-        return torch.index_select(x_ND, 0, items, out=room)
-    torch.index_select(x_ND, 0, items, out=room[:n])
-    room[n:].zero_()
-    return room
+class _Rows(NamedTuple):
+    """The rows the experts work on, P in all, one expert's after another's: the sorted assignments, and after each
+    expert's own as many more as `_rows` says, which belong to no item.
+
+    of_expert: how many each expert has. item_P: the item of each (of the others, any). row_NK: the row of each choice.
+    """
+
+    of_expert: list[int]
+    item_P: Tensor
+    row_NK: Tensor
+
+
+def _lay_out(order_M: Tensor, counts: list[int], top_k: int, onednn: bool) -> _Rows:
+    of_expert = [_rows(n, onednn) for n in counts]
+    row_M = torch.empty_like(order_M)
+    if of_expert == counts:
+        row_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+        return _Rows(of_expert, order_M if top_k == 1 else order_M // top_k, row_M.view(-1, top_k))
+    starts = accumulate(of_expert, initial=0)
+    sorted_row_M = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, counts, strict=False)])
+    row_M[order_M] = sorted_row_M
+    item_P = order_M.new_zeros(sum(of_expert)).index_put_((sorted_row_M,), order_M // top_k)
+    return _Rows(of_expert, item_P, row_M.view(-1, top_k))
+
+
+def _combine(rows_PD: Tensor, row_NK: Tensor, gates_NK: Tensor | None = None) -> Tensor:
+    """sum_k gate_k row_k of each item: (P, D) -> (N, D)."""
+    y_ND = None
+    for k, row_N in enumerate(row_NK.unbind(1)):
+        rows_ND = rows_PD.index_select(0, row_N)
+        if gates_NK is not None:
+            rows_ND *= gates_NK[:, k, None]
+        y_ND = rows_ND if y_ND is None else y_ND.add_(rows_ND)
+    assert y_ND is not None, "K is at least 1"
+    return y_ND
 
 
 def _matmul(a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -79,20 +109,10 @@ def _matmul(a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None, out:
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
-def _matmul_gelu(a: Tensor, b: Tensor, onednn: bool, bias: Tensor, gelu: str, out: Tensor | None = None) -> Tensor:
-    """gelu(a @ b + bias), in one operation where oneDNN has it."""
-    if onednn:
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "gelu", [], gelu)
-    hidden = torch.addmm(bias, a, b, out=out)
-    return torch.ops.aten.gelu.out(hidden, approximate=gelu, out=hidden)
-
-
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None) -> None:
-    """The first rows of a @ b + bias, as many as `out` has."""
+    product = _matmul(a, b, onednn, bias, out)
     if onednn:
-        out.copy_(_matmul(a, b, onednn, bias)[: len(out)])
-    else:
-        _matmul(a, b, onednn, bias, out)
+        out.copy_(product)
 
 
 def _weight_gradient(a: Tensor, b: Tensor, place: Tensor, room: Tensor, onednn: bool, to_system: bool) -> None:
@@ -104,30 +124,6 @@ def _weight_gradient(a: Tensor, b: Tensor, place: Tensor, room: Tensor, onednn: 
     product = _matmul(a_t, b, onednn)
     place.copy_(product)
     release(product, to_system)
-
-
-def _by_expert(*stacks: Tensor) -> list[tuple[Tensor, ...]]:
-    """Entry e of each stack, for all e: one operation a stack and not one an expert."""
-    return list(zip(*(stack.unbind() for stack in stacks), strict=True))
-
-
-def _places(order_M: Tensor, top_k: int) -> Tensor:
-    """Where each assignment stands among the sorted ones, (N, K)."""
-    places_M = torch.empty_like(order_M)
-    places_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    return places_M.view(-1, top_k)
-
-
-def _combine(rows_MD: Tensor, places_NK: Tensor, gates_NK: Tensor | None = None) -> Tensor:
-    """sum_k gate_k row_k of each item, from the rows of sorted assignments: (M, D) -> (N, D)."""
-    y_ND = None
-    for k, places_N in enumerate(places_NK.unbind(1)):
-        rows_ND = rows_MD.index_select(0, places_N)
-        if gates_NK is not None:
-            rows_ND *= gates_NK[:, k, None]
-        y_ND = rows_ND if y_ND is None else y_ND.add_(rows_ND)
-    assert y_ND is not None, "K is at least 1"
-    return y_ND
 
 
 def _run_sorted(
@@ -142,116 +138,118 @@ def _run_sorted(
     gelu: str,
 ) -> Tensor:
     """sum_k gate_k expert_k(x), expert by expert, without a backward."""
-    top_k, onednn = gates_NK.shape[1], _use_onednn(x_ND)
-    largest = _rows(max(counts), onednn)
-    room_D, room_H = x_ND.new_empty(largest, w1.shape[1]), x_ND.new_empty(0 if onednn else largest, w1.shape[2])
-    out_MD = x_ND.new_empty(len(order_M), w2.shape[2])
-    segments = zip((order_M // top_k).split(counts), out_MD.split(counts), _by_expert(w1, b1, w2, b2), strict=True)
-    for items, out, (w1_e, b1_e, w2_e, b2_e) in segments:
-        if n := len(items):
-            x_e = _gather(x_ND, items, room_D[: _rows(n, onednn)])
-            act = _matmul_gelu(x_e, w1_e, onednn, b1_e, gelu, room_H[:n])
-            _matmul_into(out, act, w2_e, onednn, b2_e)
-    return _combine(out_MD, _places(order_M, top_k), gates_NK)
+    onednn = _use_onednn(x_ND)
+    rows = _lay_out(order_M, counts, gates_NK.shape[1], onednn)
+    out_PD = x_ND.index_select(0, rows.item_P)  # an expert's outputs take the place of its inputs
+    room_H = x_ND.new_empty(0 if onednn else max(rows.of_expert), w1.shape[2])
+    for out, w1_e, b1_e, w2_e, b2_e in zip(out_PD.split(rows.of_expert), *_by_expert(w1, b1, w2, b2), strict=True):
+        if n := len(out):
+            if onednn:
+                hidden = torch.ops.mkldnn._linear_pointwise(out, w1_e.t(), b1_e, "gelu", [], gelu)
+            else:
+                hidden = torch.addmm(b1_e, out, w1_e, out=room_H[:n])
+                torch.ops.aten.gelu.out(hidden, approximate=gelu, out=hidden)
+            _matmul_into(out, hidden, w2_e, onednn, b2_e)
+    return _combine(out_PD, rows.row_NK, gates_NK)
+
+
+def _by_expert(*stacks: Tensor) -> list[tuple[Tensor, ...]]:
+    """What each stack holds for each expert: one operation a stack, not one an expert."""
+    return [stack.unbind() for stack in stacks]
 
 
 class _SortedExperts(torch.autograd.Function):
-    """`_run_sorted` with a backward, which from `RECOMPUTE_FROM` on keeps one (M, H) activation; autograd keeps two."""
+    """`_run_sorted` with a backward, which from `RECOMPUTE_FROM` on keeps one (P, H) activation; autograd keeps two."""
 
     @staticmethod
     def forward(ctx, x_ND, w1, b1, w2, b2, gates_NK, order_M, counts, gelu):  # type: ignore[no-untyped-def]
-        top_k, onednn = gates_NK.shape[1], _use_onednn(x_ND)
+        onednn = _use_onednn(x_ND)
+        rows = _lay_out(order_M, counts, gates_NK.shape[1], onednn)
         recompute = w1.shape[1] >= RECOMPUTE_FROM
-        largest = _rows(max(counts), onednn)
-        room_D, room_H = x_ND.new_empty(largest, w1.shape[1]), x_ND.new_empty(largest if recompute else 0, w1.shape[2])
-        out_MD, hidden_by_expert, act_by_expert = x_ND.new_empty(len(order_M), w2.shape[2]), [], []
-        segments = zip((order_M // top_k).split(counts), out_MD.split(counts), _by_expert(w1, b1, w2, b2), strict=True)
-        for items, out, (w1_e, b1_e, w2_e, b2_e) in segments:
-            if n := len(items):
-                rows = _rows(n, onednn)
-                hidden = _matmul(_gather(x_ND, items, room_D[:rows]), w1_e, onednn, b1_e)
-                act = room_H[:rows] if recompute else torch.empty_like(hidden)
+        room_H = x_ND.new_empty(max(rows.of_expert) if recompute else 0, w1.shape[2])
+        out_PD = x_ND.index_select(0, rows.item_P)  # an expert's outputs take the place of its inputs
+        hiddens, acts = [], []
+        for out, w1_e, b1_e, w2_e, b2_e in zip(out_PD.split(rows.of_expert), *_by_expert(w1, b1, w2, b2), strict=True):
+            if n := len(out):
+                hidden = _matmul(out, w1_e, onednn, b1_e)
+                act = room_H[:n] if recompute else torch.empty_like(hidden)
                 torch.ops.aten.gelu.out(hidden, approximate=gelu, out=act)
                 _matmul_into(out, act, w2_e, onednn, b2_e)
-                hidden_by_expert.append(hidden)
+                hiddens.append(hidden)
                 if not recompute:
-                    act_by_expert.append(act)
-        places_NK = _places(order_M, top_k)
-        ctx.save_for_backward(x_ND, w1, w2, gates_NK, order_M, places_NK, out_MD, *hidden_by_expert, *act_by_expert)
-        ctx.counts, ctx.gelu, ctx.recompute = counts, gelu, recompute
-        return _combine(out_MD, places_NK, gates_NK)
+                    acts.append(act)
+        ctx.save_for_backward(x_ND, w1, w2, gates_NK, rows.item_P, rows.row_NK, out_PD, *hiddens, *acts)
+        ctx.of_expert, ctx.gelu, ctx.recompute = rows.of_expert, gelu, recompute
+        return _combine(out_PD, rows.row_NK, gates_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
-        x_ND, w1, w2, gates_NK, order_M, places_NK, out_MD, *kept = ctx.saved_tensors
+        x_ND, w1, w2, gates_NK, item_P, row_NK, out_PD, *kept = ctx.saved_tensors
         need_x, *need_weights, need_gates = ctx.needs_input_grad[:6]
         graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         onednn = _use_onednn(grad_ND)
-        grads, memory_is_new = _weight_gradients(w1, w2, need_weights, ctx.counts)
-        # an expert's outputs are read for the last time before its part of the input's gradient is written
-        dx_MD = torch.empty_like(out_MD) if graph_is_kept else out_MD
-        dgates_M = gates_NK.new_empty(len(order_M))
+        grads, memory_is_new = _weight_gradients(w1, w2, need_weights, ctx.of_expert)
+        # rows of no item get the gradient zero here, and so add nothing to any gradient below
+        gates_P = gates_NK.new_zeros(len(item_P)).index_put_((row_NK,), gates_NK)
+        dy_PD = grad_ND.index_select(0, item_P)
+        dgates_NK = (dy_PD * out_PD).sum(1)[row_NK] if need_gates else None
+        dy_PD *= gates_P[:, None]
+        dx_PD = x_ND.index_select(0, item_P)  # an expert's part of the gradient takes the place of its inputs
         parts = zip(
-            (order_M // gates_NK.shape[1]).split(ctx.counts),
-            gates_NK.reshape(-1)[order_M].unsqueeze(1).split(ctx.counts),
-            dgates_M.split(ctx.counts),
-            out_MD.split(ctx.counts),
-            dx_MD.split(ctx.counts),
-            _by_expert(w1, w2),
-            zip(*([None] * len(ctx.counts) if grad is None else grad.unbind() for grad in grads), strict=True),
+            dy_PD.split(ctx.of_expert),
+            dx_PD.split(ctx.of_expert),
+            *_by_expert(w1.transpose(1, 2), w2.transpose(1, 2)),
+            *([None] * len(ctx.of_expert) if grad is None else grad.unbind() for grad in grads),
             strict=True,
         )
-        loaded = [part for part, n in zip(parts, ctx.counts, strict=True) if n]
-        hidden_by_expert, act_by_expert = kept[: len(loaded)], kept[len(loaded) :] or [None] * len(loaded)
-        largest = max(map(len, hidden_by_expert), default=0)
-        room_x, room_dy = x_ND.new_empty(largest, w1.shape[1]), x_ND.new_empty(largest, w1.shape[1])
+        loaded = [part for part in parts if len(part[0])]
+        hiddens, acts = kept[: len(loaded)], kept[len(loaded) :] or [None] * len(loaded)
+        largest = max(ctx.of_expert)
         room_act = x_ND.new_empty(largest if ctx.recompute else 0, w1.shape[2])
         room_dact = x_ND.new_empty(0 if onednn else largest, w1.shape[2])
         room_t = x_ND.new_empty(largest * max(w1.shape[1:]) if onednn else 0)
-        for part, hidden, act in zip(loaded, hidden_by_expert, act_by_expert, strict=True):
-            items, gates, dgates, out, dx, (w1_e, w2_e), (dw1_e, db1_e, dw2_e, db2_e) = part
-            n, rows = len(items), len(hidden)
-            # rows past the items are zero here, and so add nothing to any gradient below
-            dy, x_e = _gather(grad_ND, items, room_dy[:rows]), _gather(x_ND, items, room_x[:rows])
-            if need_gates:
-                torch.linalg.vecdot(dy[:n], out, out=dgates)
-            dy[:n] *= gates
+        ones = x_ND.new_ones(1, largest)
+        for part, hidden, act in zip(loaded, hiddens, acts, strict=True):
+            dy, x_e, w1_t, w2_t, dw1_e, db1_e, dw2_e, db2_e = part
+            n = len(dy)
             if db2_e is not None:
-                torch.sum(dy, 0, out=db2_e)
+                torch.mm(ones[:, :n], dy, out=db2_e)
             if dw2_e is not None:
                 if act is None:
-                    act = torch.ops.aten.gelu.out(hidden, approximate=ctx.gelu, out=room_act[:rows])
+                    act = torch.ops.aten.gelu.out(hidden, approximate=ctx.gelu, out=room_act[:n])
                 _weight_gradient(act, dy, dw2_e, room_t, onednn, memory_is_new)
             if dw1_e is not None or db1_e is not None or need_x:
-                dact = _matmul(dy, w2_e.t(), onednn, out=room_dact[:rows])
+                dact = _matmul(dy, w2_t, onednn, out=room_dact[:n])
                 dhidden = torch.ops.aten.gelu_backward.grad_input(dact, hidden, approximate=ctx.gelu, grad_input=dact)
                 if dw1_e is not None:
                     _weight_gradient(x_e, dhidden, dw1_e, room_t, onednn, memory_is_new)
                 if db1_e is not None:
-                    torch.sum(dhidden, 0, out=db1_e)
+                    torch.mm(ones[:, :n], dhidden, out=db1_e)
                 if need_x:
-                    _matmul_into(dx, dhidden, w1_e.t(), onednn)
+                    _matmul_into(x_e, dhidden, w1_t, onednn)
                 if onednn:
                     release(dact, memory_is_new)
             if not graph_is_kept:  # as the weights' gradients fill, the activations go: the peak is not the sum of both
                 release(hidden, memory_is_new)
                 if not ctx.recompute:
                     release(act, memory_is_new)
-        dgates_NK = dgates_M[places_NK] if need_gates else None
-        return _combine(dx_MD, places_NK) if need_x else None, *grads, dgates_NK, None, None, None
+        dw1, db1, dw2, db2 = grads
+        biases = (None if db is None else db.squeeze(1) for db in (db1, db2))
+        return _combine(dx_PD, row_NK) if need_x else None, dw1, next(biases), dw2, next(biases), dgates_NK, *[None] * 3
 
 
 def _weight_gradients(
-    w1: Tensor, w2: Tensor, needed: list[bool], counts: list[int]
+    w1: Tensor, w2: Tensor, needed: list[bool], of_expert: list[int]
 ) -> tuple[tuple[Tensor | None, ...], bool]:
-    """Room for the gradients of w1, b1, w2, b2, zero where an expert has no item; is it new, and to be kept?"""
+    """Room for the gradients of w1, b1, w2, b2 (a bias as one row), zero where an expert has no row; is it new memory,
+    and to be kept?"""
     need_w1, need_b1, need_w2, need_b2 = needed
     dw1, new_w1 = gradient_like(w1) if need_w1 else (None, False)
     dw2, new_w2 = gradient_like(w2) if need_w2 else (None, False)
-    db1, db2 = (w.new_empty(w.shape[0], w.shape[2]) if need else None for w, need in ((w1, need_b1), (w2, need_b2)))
+    db1, db2 = (w.new_empty(w.shape[0], 1, w.shape[2]) if need else None for w, need in ((w1, need_b1), (w2, need_b2)))
     grads = dw1, db1, dw2, db2
-    for e in (e for e, n in enumerate(counts) if not n):
+    for e in (e for e, n in enumerate(of_expert) if not n):
         for grad in grads:
             if grad is not None:
                 grad[e].zero_()
