@@ -190,15 +190,13 @@ class _SortedExperts(torch.autograd.Function):
         graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         onednn = _use_onednn(grad_ND)
         grads, memory_is_new = _weight_gradients(w1, w2, need_weights, ctx.of_expert)
-        # rows of no item get the gradient zero here, and so add nothing to any gradient below
+        # rows of no item have the gate zero here, and so add nothing to any gradient below
         gates_P = gates_NK.new_zeros(len(item_P)).index_put_((row_NK,), gates_NK)
-        dy_PD = grad_ND.index_select(0, item_P)
-        dgates_NK = (dy_PD * out_PD).sum(1)[row_NK] if need_gates else None
-        dy_PD *= gates_P[:, None]
-        dx_PD = x_ND.index_select(0, item_P)  # an expert's part of the gradient takes the place of its inputs
+        dgates_P = torch.empty_like(gates_P)
+        # an expert's outputs are read for the last time before its part of the input's gradient is written
+        dx_PD = torch.empty_like(out_PD) if graph_is_kept else out_PD
         parts = zip(
-            dy_PD.split(ctx.of_expert),
-            dx_PD.split(ctx.of_expert),
+            *(of_all.split(ctx.of_expert) for of_all in (item_P, gates_P.unsqueeze(1), dgates_P, out_PD, dx_PD)),
             *_by_expert(w1.transpose(1, 2), w2.transpose(1, 2)),
             *([None] * len(ctx.of_expert) if grad is None else grad.unbind() for grad in grads),
             strict=True,
@@ -206,13 +204,19 @@ class _SortedExperts(torch.autograd.Function):
         loaded = [part for part in parts if len(part[0])]
         hiddens, acts = kept[: len(loaded)], kept[len(loaded) :] or [None] * len(loaded)
         largest = max(ctx.of_expert)
+        room_x, room_dy = x_ND.new_empty(largest, w1.shape[1]), x_ND.new_empty(largest, w1.shape[1])
         room_act = x_ND.new_empty(largest if ctx.recompute else 0, w1.shape[2])
         room_dact = x_ND.new_empty(0 if onednn else largest, w1.shape[2])
         room_t = x_ND.new_empty(largest * max(w1.shape[1:]) if onednn else 0)
         ones = x_ND.new_ones(1, largest)
         for part, hidden, act in zip(loaded, hiddens, acts, strict=True):
-            dy, x_e, w1_t, w2_t, dw1_e, db1_e, dw2_e, db2_e = part
-            n = len(dy)
+            items, gates, dgates, out, dx, w1_t, w2_t, dw1_e, db1_e, dw2_e, db2_e = part
+            n = len(items)
+            dy = torch.index_select(grad_ND, 0, items, out=room_dy[:n])
+            if need_gates:
+                torch.sum(torch.mul(dy, out, out=room_x[:n]), 1, out=dgates)
+            dy *= gates
+            x_e = torch.index_select(x_ND, 0, items, out=room_x[:n])
             if db2_e is not None:
                 torch.mm(ones[:, :n], dy, out=db2_e)
             if dw2_e is not None:
@@ -227,7 +231,7 @@ class _SortedExperts(torch.autograd.Function):
                 if db1_e is not None:
                     torch.mm(ones[:, :n], dhidden, out=db1_e)
                 if need_x:
-                    _matmul_into(x_e, dhidden, w1_t, onednn)
+                    _matmul_into(dx, dhidden, w1_t, onednn)
                 if onednn:
                     release(dact, memory_is_new)
             if not graph_is_kept:  # as the weights' gradients fill, the activations go: the peak is not the sum of both
@@ -235,8 +239,9 @@ class _SortedExperts(torch.autograd.Function):
                 if not ctx.recompute:
                     release(act, memory_is_new)
         dw1, db1, dw2, db2 = grads
-        biases = (None if db is None else db.squeeze(1) for db in (db1, db2))
-        return _combine(dx_PD, row_NK) if need_x else None, dw1, next(biases), dw2, next(biases), dgates_NK, *[None] * 3
+        db1, db2 = (None if db is None else db.squeeze(1) for db in (db1, db2))
+        dx_ND, dgates_NK = _combine(dx_PD, row_NK) if need_x else None, dgates_P[row_NK] if need_gates else None
+        return dx_ND, dw1, db1, dw2, db2, dgates_NK, None, None, None
 
 
 def _weight_gradients(
