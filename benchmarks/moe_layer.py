@@ -5,9 +5,10 @@
 Forward + backward, float32, no dropped items, every run in turn within a round; medians of ratios to the dense layer.
 The main table is made in several fresh processes, whose medians and range it gives: where the heap of a process happens
 to end decides which alternative takes new pages from the system at every step, for the whole life of the process, and
-that is worth a tenth and more. Beside them the bound, K times the dense layer's matrix products alone, and with --peers
-the layers that pip installs here (`pip install -e '.[bench]'`), set to drop nothing. Then more experts at equal
-multiply-adds and one single image, both with the bound that memory sets, narrow layers, and peak memory.
+that is worth a tenth and more. Beside them two bounds, K times the dense layer's matrix products alone and the products
+of the experts alone, which have fewer rows each and eight times the weights; and with --peers the layers that pip
+installs here (`pip install -e '.[bench]'`), set to drop nothing. Then more experts at equal multiply-adds and one
+single image, both with the bound that memory sets, narrow layers, and peak memory.
 """
 
 from __future__ import annotations
@@ -54,15 +55,18 @@ def train_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def products(items: int, dim: int, hidden: int) -> Callable[[], None]:
-    """The six matrix products of a dense forward + backward, and nothing else."""
-    x, h = torch.randn(items, dim), torch.randn(items, hidden)
-    w1, w2 = torch.randn(hidden, dim), torch.randn(dim, hidden)
+def products(items: int, dim: int, hidden: int, num_experts: int = 1) -> Callable[[], None]:
+    """The six matrix products of a forward + backward and no more: of a dense layer, or of experts evenly loaded."""
+    x, h = torch.randn(items, dim).chunk(num_experts), torch.randn(items, hidden).chunk(num_experts)
+    w1, w2 = torch.randn(num_experts, hidden, dim), torch.randn(num_experts, dim, hidden)
+    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
 
     def run() -> None:
-        x @ w1.t(), h @ w2.t()
-        x @ w2, h @ w1
-        x.t() @ h, h.t() @ x
+        for x_e, h_e, w1_e, w2_e in zip(x, h, w1, w2, strict=True):
+            x_e @ w1_e.t(), h_e @ w2_e.t()
+        for x_e, h_e, w1_e, w2_e, dw1_e, dw2_e in zip(x, h, w1, w2, dw1, dw2, strict=True):
+            x_e @ w2_e, h_e @ w1_e
+            torch.mm(h_e.t(), x_e, out=dw1_e), torch.mm(x_e.t(), h_e, out=dw2_e)
 
     return run
 
@@ -71,16 +75,19 @@ def against_dense(threads: int, rounds: int, with_peers: bool) -> list[Row]:
     rows = []
     for shape, (items, dim, hidden) in SHAPES.items():
         x = torch.randn(items, dim, requires_grad=True)
-        bound = products(items, dim, hidden)
         for top_k in (1, 2):
-            runs = {"dense": train_step(dense_mlp(dim, hidden), x), "products": bound}
+            runs = {"dense": train_step(dense_mlp(dim, hidden), x)}
+            runs["products"] = products(items, dim, hidden)
+            runs["expert products"] = products(top_k * items, dim, hidden, 8)
             runs["sparse_mlp"] = train_step(MoeMlp(dim, hidden, 8, top_k), x)
             if with_peers:
                 runs |= {name: train_step(make(dim, hidden, 8, top_k), x) for name, make in PEERS.items()}
             seconds = interleave(runs, rounds)
             row: Row = {"shape": shape, "K": top_k, "threads": threads}
-            row |= {name: ratio(seconds, name, "dense") for name in runs if name not in ("dense", "products")}
+            layers = (name for name in runs if name not in ("dense", "products", "expert products"))
+            row |= {name: ratio(seconds, name, "dense") for name in layers}
             row["bound"] = top_k * ratio(seconds, "products", "dense")
+            row["expert products"] = ratio(seconds, "expert products", "dense")
             rows.append(row)
     return rows
 
@@ -242,7 +249,7 @@ def main() -> None:
         everything.extend({"table": title} | row for row in copy.deepcopy(rows))
 
     for threads in args.threads:
-        title = "Forward + backward, ratio to the dense layer (E=8, no drops; bound: the products alone)"
+        title = "Forward + backward, ratio to the dense layer (E=8, no drops; bound: K dense products alone)"
         show(title, over_processes(args.processes, threads, args.rounds, args.peers))
         _new_process(threads)
         show("By library, ratio to the dense layer (first shape, E=8, K=1)", libraries(threads, args.rounds))

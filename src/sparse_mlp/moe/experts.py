@@ -102,6 +102,11 @@ def _combine(rows_PD: Tensor, row_NK: Tensor, gates_NK: Tensor | None = None) ->
     return y_ND
 
 
+def _by_expert(*stacks: Tensor) -> list[tuple[Tensor, ...]]:
+    """What each stack holds for each expert: one operation a stack, not one an expert."""
+    return [stack.unbind() for stack in stacks]
+
+
 def _matmul(a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """a @ b + bias; any strides. In `out` where the library can: fresh memory costs as much as a tenth of a product."""
     if onednn:
@@ -151,11 +156,6 @@ def _run_sorted(
                 torch.ops.aten.gelu.out(hidden, approximate=gelu, out=hidden)
             _matmul_into(out, hidden, w2_e, onednn, b2_e)
     return _combine(out_PD, rows.row_NK, gates_NK)
-
-
-def _by_expert(*stacks: Tensor) -> list[tuple[Tensor, ...]]:
-    """What each stack holds for each expert: one operation a stack, not one an expert."""
-    return [stack.unbind() for stack in stacks]
 
 
 class _SortedExperts(torch.autograd.Function):
