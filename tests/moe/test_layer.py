@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sparse_mlp.moe import MoeMlp, eager, experts, telemetry
+from sparse_mlp.moe import MoeMlp, dispatch, eager, experts, telemetry
 
 
 def make(dim: int = 16, hidden: int = 24, experts: int = 4, top_k: int = 2, **kwargs) -> MoeMlp:
@@ -136,6 +136,29 @@ def test_few_sizes_serve_all_loads() -> None:
     sizes = {n: experts._rows(n, onednn=True) for n in range(1, 5000)}
     assert all(n <= size <= max(n + 7, n * 17 / 16) for n, size in sizes.items())
     assert 6 * len(set(sizes.values())) < 1024
+
+
+@given(
+    items=st.integers(0, 70),
+    num_experts=st.integers(1, 9),
+    top_k=st.integers(1, 3),
+    onednn=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_a_choices_row_is_its_experts_and_holds_its_item(
+    items: int, num_experts: int, top_k: int, onednn: bool, seed: int
+) -> None:
+    top_k = min(top_k, num_experts)
+    scores_NE = torch.rand(items, num_experts, generator=torch.Generator().manual_seed(seed)) ** 3
+    experts_NK = scores_NE.topk(top_k).indices
+    order_M, counts_E = dispatch.sort_by_expert(experts_NK, num_experts)
+    rows = experts._lay_out(order_M, counts_E.tolist(), top_k, onednn)
+    assert len(rows.item_P) == sum(rows.of_expert)
+    assert rows.of_expert == [experts._rows(n, onednn) for n in counts_E.tolist()]
+    expert_P = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(rows.of_expert))
+    assert torch.equal(expert_P[rows.row_NK], experts_NK)
+    assert torch.equal(rows.item_P[rows.row_NK], torch.arange(items).unsqueeze(1).expand(-1, top_k))
+    assert len(rows.row_NK.unique()) == items * top_k
 
 
 @pytest.mark.parametrize("mode", ["one expert takes all", "one expert gets none"])
