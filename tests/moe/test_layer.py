@@ -94,6 +94,22 @@ def test_both_libraries_for_products_give_the_same(top_k: int, monkeypatch: pyte
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.skipif(not eager._ONEDNN, reason="this torch has no oneDNN")
+@pytest.mark.parametrize("onednn", [True, False])
+def test_an_item_that_is_not_finite_spoils_only_its_own_expert(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where experts have rows of no item, which must not be copies of another expert's item."""
+    monkeypatch.setattr(experts, "onednn_is_faster", lambda: onednn)
+    layer = make(experts=3, top_k=1, balance_weight=0.0)
+    layer.router.weight.data.zero_()
+    layer.router.weight.data[:, :3] = torch.eye(3)
+    x = torch.eye(3, 16).repeat(5, 1)
+    x[0, 5] = float("inf")  # the first item; it goes to expert 0
+    assert layer.router(x).experts_NK.flatten().tolist() == [0, 1, 2] * 5
+    layer(x).sum().backward()
+    assert not layer.experts.fc1.weight.grad[0].isfinite().all()
+    assert all(parameter.grad[1:].isfinite().all() for parameter in layer.experts.parameters())
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     """Frozen experts, a frozen router, an input without a gradient: the others' gradients are those of all."""
     layer = make(balance_weight=0.0)

@@ -67,9 +67,10 @@ def _rows(n: int, onednn: bool) -> int:
 
 class _Rows(NamedTuple):
     """The rows the experts work on, P in all, one expert's after another's: the sorted assignments, and after each
-    expert's own as many more as `_rows` says, which belong to no item.
+    expert's own as many more as `_rows` says, whose results nobody reads.
 
-    of_expert: how many each expert has. item_P: the item of each (of the others, any). row_NK: the row of each choice.
+    of_expert: how many each expert has. item_P: the item of each (past an expert's own its last one, so that an item
+    that is not finite spoils no other expert). row_NK: the row of each choice.
     """
 
     of_expert: list[int]
@@ -83,11 +84,13 @@ def _lay_out(order_M: Tensor, counts: list[int], top_k: int, onednn: bool) -> _R
     if of_expert == counts:
         row_M[order_M] = torch.arange(len(order_M), device=order_M.device)
         return _Rows(of_expert, order_M if top_k == 1 else order_M // top_k, row_M.view(-1, top_k))
-    starts = accumulate(of_expert, initial=0)
-    sorted_row_M = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, counts, strict=False)])
-    row_M[order_M] = sorted_row_M
-    item_P = order_M.new_zeros(sum(of_expert)).index_put_((sorted_row_M,), order_M // top_k)
-    return _Rows(of_expert, item_P, row_M.view(-1, top_k))
+    rows, places = [], []  # of the sorted assignments; and for each row, which of these it holds
+    first_rows, first_places = accumulate(of_expert, initial=0), accumulate(counts, initial=0)
+    for n, size, row, place in zip(counts, of_expert, first_rows, first_places, strict=False):
+        rows.append(torch.arange(row, row + n))
+        places.append(torch.arange(place, place + size).clamp_(max=place + n - 1))
+    row_M[order_M] = torch.cat(rows)
+    return _Rows(of_expert, order_M[torch.cat(places)] // top_k, row_M.view(-1, top_k))
 
 
 def _combine(rows_PD: Tensor, row_NK: Tensor, gates_NK: Tensor | None = None) -> Tensor:
@@ -190,7 +193,7 @@ class _SortedExperts(torch.autograd.Function):
         graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         onednn = _use_onednn(grad_ND)
         grads, memory_is_new = _weight_gradients(w1, w2, need_weights, ctx.of_expert)
-        # rows of no item have the gate zero here, and so add nothing to any gradient below
+        # rows past an expert's own have the gate zero here, and so add nothing to any gradient below
         gates_P = gates_NK.new_zeros(len(item_P)).index_put_((row_NK,), gates_NK)
         dgates_P = torch.empty_like(gates_P)
         # an expert's outputs are read for the last time before its part of the input's gradient is written
