@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; medians are over these")
     parser.add_argument("--processes", type=int, default=3, help="fresh processes for the main table")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--peers", action="store_true", help="also time deepspeed, transformers, soft-moe-pytorch")
+    parser.add_argument("--peers", action="store_true", help=f"also time {', '.join(PEERS)}")
     parser.add_argument("--json", type=Path, help="write the rows and the hardware here")
     args = parser.parse_args()
     everything: list[Row] = []
