@@ -29,7 +29,7 @@ def test_balance_loss_is_half_of_each_and_importance_alone_without_noise() -> No
     logits = torch.randn(50, 4)
     noisy = logits + 0.25 * torch.randn(50, 4)
     gates, experts = noisy.softmax(-1).topk(2)
-    routing = Routing(gates, experts, logits, noisy)
+    routing = Routing(logits, gates, experts, logits, noisy)
     imp = balance.squared_variation(balance.importance(logits))
     load = balance.squared_variation(balance.load(logits, noisy.topk(2)[0][:, -1:], 0.25))
     torch.testing.assert_close(balance.balance_loss(balance.expert_totals(routing, 0.25)), imp / 2 + load / 2)

@@ -37,13 +37,6 @@ def outputs_and_gradients(function, layer: MoeMlp, x: torch.Tensor) -> list[torc
     ]
 
 
-@pytest.fixture(params=[0, 10**9], ids=["recompute", "keep"])
-def recompute_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to have an expert's activation in backward, whatever the width."""
-    monkeypatch.setattr(experts, "RECOMPUTE_FROM", request.param)
-
-
-@pytest.mark.usefixtures("recompute_from")
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize(("dim", "items"), [(49, 30), (196, 1), (197, 3), (16, 0), (16, 100)])
 def test_dropless_equals_the_loop_forward_and_all_gradients(naive_moe, dim: int, items: int, top_k: int) -> None:
@@ -64,7 +57,6 @@ def test_dropless_equals_the_loop_at_any_size(naive_moe, dim: int, items: int, e
     torch.testing.assert_close(layer(x), naive_moe(layer, x), atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.usefixtures("recompute_from")
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_kept_graph_can_go_backward_again_and_a_spent_one_says_so(top_k: int) -> None:
     layer = make(top_k=top_k)
@@ -77,7 +69,6 @@ def test_a_kept_graph_can_go_backward_again_and_a_spent_one_says_so(top_k: int) 
         y.backward()
 
 
-@pytest.mark.usefixtures("recompute_from")
 @pytest.mark.skipif(not eager._ONEDNN, reason="this torch has no oneDNN")
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_both_libraries_for_products_give_the_same(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sparse_mlp.engine.checkpoint import last_checkpoint
+from sparse_mlp.moe import compiled
 
 try:
     import fcntl
@@ -140,6 +141,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "moe_kernels": compiled.state(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

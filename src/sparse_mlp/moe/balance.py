@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from sparse_mlp.moe.router import Routing, softmax_over_experts
 
 
-def squared_variation(total_E: Tensor) -> Tensor:
-    """(std / mean)^2 over experts, as variance over squared mean: the derivative of std is NaN at perfect balance."""
-    tiny = torch.finfo(total_E.dtype).tiny
-    return total_E.var(correction=0) / (total_E.mean().square() + tiny)
+def squared_variation(totals: Tensor) -> Tensor:
+    """(std / mean)^2 over experts, as variance over squared mean: the derivative of std is NaN at perfect balance.
+    (..., E) -> (...)."""
+    tiny = torch.finfo(totals.dtype).tiny
+    return totals.var(-1, correction=0) / (totals.mean(-1).square() + tiny)
 
 
 def importance(logits_NE: Tensor) -> Tensor:
@@ -30,6 +31,8 @@ def load(logits_NE: Tensor, threshold_N1: Tensor, noise_std: float) -> Tensor:
 
 def expert_totals(routing: Routing, noise_std: float) -> Tensor:
     """Importance and, where there is noise (without it the load is undefined), load: (1 or 2, E), sums over items."""
+    if routing.sums is not None:
+        return routing.sums.totals
     totals = [importance(routing.logits_NE)]
     if noise_std > 0:
         threshold_N1 = routing.noisy_NE.gather(1, routing.experts_NK[:, -1:])
@@ -39,7 +42,7 @@ def expert_totals(routing: Routing, noise_std: float) -> Tensor:
 
 def balance_loss(totals: Tensor) -> Tensor:
     """L_imp / 2 + L_load / 2 from `expert_totals`, unweighted; without the load part, L_imp / 2."""
-    return 0.5 * sum((squared_variation(total_E) for total_E in totals.unbind(0)), totals.new_zeros(()))
+    return 0.5 * squared_variation(totals).sum()
 
 
 class _InjectGradient(torch.autograd.Function):

@@ -6,12 +6,14 @@ place: an expert's weight gradient into the stack (indexing `weight[e]` under au
 of zeros per expert), its outputs among those of the sorted assignments, which are put in the items' order at the end
 (adding them up item by item is done by one thread).
 
-On a CPU its float32 products go to oneDNN or to torch's own MKL, whichever is the faster one on the processor.
+On a CPU its float32 products go to oneDNN or to torch's own MKL, whichever is the faster one on the processor, and what
+lies between them to `compiled`; with few rows an expert, as from one image, the products too.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -19,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sparse_mlp.moe import dispatch
+from sparse_mlp.moe import compiled, dispatch, rows
 from sparse_mlp.moe.eager import onednn_is_faster, runs_eagerly_on_cpu
 from sparse_mlp.moe.memory import gradient_like, release
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
-RECOMPUTE_FROM = 768  # width D from which GELU again in backward costs a hundredth of the products
 
 
 class ExpertLinear(nn.Module):
@@ -65,6 +66,11 @@ def _rows(n: int, onednn: bool) -> int:
     return -(-n // step) * step
 
 
+def _row_ops(*tensors: Tensor) -> ModuleType:
+    """`compiled` if it serves them all, else `rows`: the same functions."""
+    return compiled if compiled.serves(*tensors) else rows
+
+
 class _Rows(NamedTuple):
     """The rows the experts work on, P in all, one expert's after another's: the sorted assignments, and after each
     expert's own as many more as `_rows` says, whose results nobody reads.
@@ -93,32 +99,20 @@ def _lay_out(order_M: Tensor, counts: list[int], top_k: int, onednn: bool) -> _R
     return _Rows(of_expert, order_M[torch.cat(places)] // top_k, row_M.view(-1, top_k))
 
 
-def _combine(rows_PD: Tensor, row_NK: Tensor, gates_NK: Tensor | None = None) -> Tensor:
-    """sum_k gate_k row_k of each item: (P, D) -> (N, D)."""
-    y_ND = None
-    for k, row_N in enumerate(row_NK.unbind(1)):
-        rows_ND = rows_PD.index_select(0, row_N)
-        if gates_NK is not None:
-            rows_ND *= gates_NK[:, k, None]
-        y_ND = rows_ND if y_ND is None else y_ND.add_(rows_ND)
-    assert y_ND is not None, "K is at least 1"
-    return y_ND
-
-
 def _by_expert(*stacks: Tensor) -> list[tuple[Tensor, ...]]:
     """What each stack holds for each expert: one operation a stack, not one an expert."""
     return [stack.unbind() for stack in stacks]
 
 
-def _matmul(a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """a @ b + bias; any strides. In `out` where the library can: fresh memory costs as much as a tenth of a product."""
+def _matmul(a: Tensor, b: Tensor, onednn: bool, out: Tensor | None = None) -> Tensor:
+    """a @ b; any strides. In `out` where the library can: fresh memory costs as much as a tenth of a product."""
     if onednn:
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
-    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return torch.mm(a, b, out=out)
 
 
-def _matmul_into(out: Tensor, a: Tensor, b: Tensor, onednn: bool, bias: Tensor | None = None) -> None:
-    product = _matmul(a, b, onednn, bias, out)
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor, onednn: bool) -> None:
+    product = _matmul(a, b, onednn, out)
     if onednn:
         out.copy_(product)
 
@@ -134,6 +128,25 @@ def _weight_gradient(a: Tensor, b: Tensor, place: Tensor, room: Tensor, onednn: 
     release(product, to_system)
 
 
+def _forward(
+    x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, layout: _Rows, gelu: str, onednn: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """GELU(x w1 + b1) w2 of each row: (P, D), and for each expert that has rows x w1: (n, H)."""
+    ops = _row_ops(x_ND, w1, b1, w2)
+    largest = max(layout.of_expert)
+    room_x, room_act = x_ND.new_empty(largest, w1.shape[1]), x_ND.new_empty(largest, w1.shape[2])
+    out_PD = x_ND.new_empty(len(layout.item_P), w1.shape[1])
+    hiddens = []
+    parts = zip(*(t.split(layout.of_expert) for t in (layout.item_P, out_PD)), *_by_expert(w1, b1, w2), strict=True)
+    for items, out, w1_e, b1_e, w2_e in parts:
+        if n := len(items):
+            hidden = _matmul(ops.gather(x_ND, items, room_x[:n]), w1_e, onednn)
+            act = ops.gelu(hidden, b1_e, gelu, room_act[:n])
+            _matmul_into(out, act, w2_e, onednn)
+            hiddens.append(hidden)
+    return out_PD, hiddens
+
+
 def _run_sorted(
     x_ND: Tensor,
     w1: Tensor,
@@ -141,57 +154,42 @@ def _run_sorted(
     w2: Tensor,
     b2: Tensor,
     gates_NK: Tensor,
+    experts_NK: Tensor,
     order_M: Tensor,
     counts: list[int],
     gelu: str,
 ) -> Tensor:
     """sum_k gate_k expert_k(x), expert by expert, without a backward."""
-    onednn = _use_onednn(x_ND)
-    rows = _lay_out(order_M, counts, gates_NK.shape[1], onednn)
-    out_PD = x_ND.index_select(0, rows.item_P)  # an expert's outputs take the place of its inputs
-    room_H = x_ND.new_empty(0 if onednn else max(rows.of_expert), w1.shape[2])
-    for out, w1_e, b1_e, w2_e, b2_e in zip(out_PD.split(rows.of_expert), *_by_expert(w1, b1, w2, b2), strict=True):
-        if n := len(out):
-            if onednn:
-                hidden = torch.ops.mkldnn._linear_pointwise(out, w1_e.t(), b1_e, "gelu", [], gelu)
-            else:
-                hidden = torch.addmm(b1_e, out, w1_e, out=room_H[:n])
-                torch.ops.aten.gelu.out(hidden, approximate=gelu, out=hidden)
-            _matmul_into(out, hidden, w2_e, onednn, b2_e)
-    return _combine(out_PD, rows.row_NK, gates_NK)
+    few = len(order_M) <= compiled.FEW * sum(n > 0 for n in counts) and compiled.serves(x_ND, w1, b1, w2, b2)
+    onednn = not few and _use_onednn(x_ND)
+    layout = _lay_out(order_M, counts, gates_NK.shape[1], onednn)
+    if few:
+        out_PD = compiled.few_rows(x_ND, w1, b1, w2, layout.item_P, counts, gelu)
+    else:
+        out_PD, _ = _forward(x_ND, w1, b1, w2, layout, gelu, onednn)
+    return _row_ops(out_PD, gates_NK, b2).combine_gated(out_PD, layout.row_NK, gates_NK, experts_NK, b2)
 
 
 class _SortedExperts(torch.autograd.Function):
-    """`_run_sorted` with a backward, which from `RECOMPUTE_FROM` on keeps one (P, H) activation; autograd keeps two."""
+    """`_run_sorted` with a backward. Keeps one (P, H) activation, where autograd would keep two: GELU again costs less
+    than to fetch it from memory."""
 
     @staticmethod
-    def forward(ctx, x_ND, w1, b1, w2, b2, gates_NK, order_M, counts, gelu):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_ND, w1, b1, w2, b2, gates_NK, experts_NK, order_M, counts, gelu):  # type: ignore[no-untyped-def]
         onednn = _use_onednn(x_ND)
-        rows = _lay_out(order_M, counts, gates_NK.shape[1], onednn)
-        recompute = w1.shape[1] >= RECOMPUTE_FROM
-        room_H = x_ND.new_empty(max(rows.of_expert) if recompute else 0, w1.shape[2])
-        out_PD = x_ND.index_select(0, rows.item_P)  # an expert's outputs take the place of its inputs
-        hiddens, acts = [], []
-        for out, w1_e, b1_e, w2_e, b2_e in zip(out_PD.split(rows.of_expert), *_by_expert(w1, b1, w2, b2), strict=True):
-            if n := len(out):
-                hidden = _matmul(out, w1_e, onednn, b1_e)
-                act = room_H[:n] if recompute else torch.empty_like(hidden)
-                torch.ops.aten.gelu.out(hidden, approximate=gelu, out=act)
-                _matmul_into(out, act, w2_e, onednn, b2_e)
-                hiddens.append(hidden)
-                if not recompute:
-                    acts.append(act)
-        ctx.save_for_backward(x_ND, w1, w2, gates_NK, rows.item_P, rows.row_NK, out_PD, *hiddens, *acts)
-        ctx.of_expert, ctx.gelu, ctx.recompute = rows.of_expert, gelu, recompute
-        return _combine(out_PD, rows.row_NK, gates_NK)
+        layout = _lay_out(order_M, counts, gates_NK.shape[1], onednn)
+        out_PD, hiddens = _forward(x_ND, w1, b1, w2, layout, gelu, onednn)
+        ctx.save_for_backward(x_ND, w1, b1, w2, b2, gates_NK, layout.item_P, layout.row_NK, out_PD, *hiddens)
+        ctx.of_expert, ctx.gelu = layout.of_expert, gelu
+        return _row_ops(out_PD, gates_NK, b2).combine_gated(out_PD, layout.row_NK, gates_NK, experts_NK, b2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
-        x_ND, w1, w2, gates_NK, item_P, row_NK, out_PD, *kept = ctx.saved_tensors
+        x_ND, w1, b1, w2, b2, gates_NK, item_P, row_NK, out_PD, *hiddens = ctx.saved_tensors
         need_x, *need_weights, need_gates = ctx.needs_input_grad[:6]
         graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        onednn = _use_onednn(grad_ND)
+        onednn, ops = _use_onednn(grad_ND), _row_ops(grad_ND, w1, b1, w2, b2)
         grads, memory_is_new = _weight_gradients(w1, w2, need_weights, ctx.of_expert)
         # rows past an expert's own have the gate zero here, and so add nothing to any gradient below
         gates_P = gates_NK.new_zeros(len(item_P)).index_put_((row_NK,), gates_NK)
@@ -199,64 +197,46 @@ class _SortedExperts(torch.autograd.Function):
         # an expert's outputs are read for the last time before its part of the input's gradient is written
         dx_PD = torch.empty_like(out_PD) if graph_is_kept else out_PD
         parts = zip(
-            *(of_all.split(ctx.of_expert) for of_all in (item_P, gates_P.unsqueeze(1), dgates_P, out_PD, dx_PD)),
-            *_by_expert(w1.transpose(1, 2), w2.transpose(1, 2)),
+            *(of_all.split(ctx.of_expert) for of_all in (item_P, gates_P, dgates_P, out_PD, dx_PD)),
+            *_by_expert(w1.transpose(1, 2), b1, w2.transpose(1, 2), b2),
             *([None] * len(ctx.of_expert) if grad is None else grad.unbind() for grad in grads),
             strict=True,
         )
-        loaded = [part for part in parts if len(part[0])]
-        hiddens, acts = kept[: len(loaded)], kept[len(loaded) :] or [None] * len(loaded)
         largest = max(ctx.of_expert)
-        room_x, room_dy = x_ND.new_empty(largest, w1.shape[1]), x_ND.new_empty(largest, w1.shape[1])
-        room_act = x_ND.new_empty(largest if ctx.recompute else 0, w1.shape[2])
+        room_x, room_dy = x_ND.new_empty(2, largest, w1.shape[1])
+        room_act = x_ND.new_empty(largest, w1.shape[2])
         room_dact = x_ND.new_empty(0 if onednn else largest, w1.shape[2])
         room_t = x_ND.new_empty(largest * max(w1.shape[1:]) if onednn else 0)
-        ones = x_ND.new_ones(1, largest)
-        for part, hidden, act in zip(loaded, hiddens, acts, strict=True):
-            items, gates, dgates, out, dx, w1_t, w2_t, dw1_e, db1_e, dw2_e, db2_e = part
+        for part, hidden in zip((part for part in parts if len(part[0])), hiddens, strict=True):
+            items, gates, dgates, out, dx, w1_t, b1_e, w2_t, b2_e, dw1_e, db1_e, dw2_e, db2_e = part
             n = len(items)
-            dy = torch.index_select(grad_ND, 0, items, out=room_dy[:n])
-            if need_gates:
-                torch.sum(torch.mul(dy, out, out=room_x[:n]), 1, out=dgates)
-            dy *= gates
-            x_e = torch.index_select(x_ND, 0, items, out=room_x[:n])
-            if db2_e is not None:
-                torch.mm(ones[:, :n], dy, out=db2_e)
+            dy = ops.gather_gated(grad_ND, items, gates, out, b2_e, room_dy[:n], dgates, db2_e)
+            act, dhidden = room_act[:n], _matmul(dy, w2_t, onednn, out=room_dact[:n])
+            ops.gelu_backward(hidden, b1_e, ctx.gelu, dhidden, act, db1_e)
             if dw2_e is not None:
-                if act is None:
-                    act = torch.ops.aten.gelu.out(hidden, approximate=ctx.gelu, out=room_act[:n])
                 _weight_gradient(act, dy, dw2_e, room_t, onednn, memory_is_new)
-            if dw1_e is not None or db1_e is not None or need_x:
-                dact = _matmul(dy, w2_t, onednn, out=room_dact[:n])
-                dhidden = torch.ops.aten.gelu_backward.grad_input(dact, hidden, approximate=ctx.gelu, grad_input=dact)
-                if dw1_e is not None:
-                    _weight_gradient(x_e, dhidden, dw1_e, room_t, onednn, memory_is_new)
-                if db1_e is not None:
-                    torch.mm(ones[:, :n], dhidden, out=db1_e)
-                if need_x:
-                    _matmul_into(dx, dhidden, w1_t, onednn)
-                if onednn:
-                    release(dact, memory_is_new)
+            if dw1_e is not None:
+                x_e = ops.gather(x_ND, items, room_x[:n])
+                _weight_gradient(x_e, dhidden, dw1_e, room_t, onednn, memory_is_new)
+            if need_x:
+                _matmul_into(dx, dhidden, w1_t, onednn)
+            if onednn:
+                release(dhidden, memory_is_new)
             if not graph_is_kept:  # as the weights' gradients fill, the activations go: the peak is not the sum of both
                 release(hidden, memory_is_new)
-                if not ctx.recompute:
-                    release(act, memory_is_new)
         dw1, db1, dw2, db2 = grads
-        db1, db2 = (None if db is None else db.squeeze(1) for db in (db1, db2))
-        dx_ND, dgates_NK = _combine(dx_PD, row_NK) if need_x else None, dgates_P[row_NK] if need_gates else None
-        return dx_ND, dw1, db1, dw2, db2, dgates_NK, None, None, None
+        dx_ND, dgates_NK = ops.combine(dx_PD, row_NK) if need_x else None, dgates_P[row_NK] if need_gates else None
+        return dx_ND, dw1, db1, dw2, db2, dgates_NK, None, None, None, None
 
 
 def _weight_gradients(
     w1: Tensor, w2: Tensor, needed: list[bool], of_expert: list[int]
-) -> tuple[tuple[Tensor | None, ...], bool]:
-    """Room for the gradients of w1, b1, w2, b2 (a bias as one row), zero where an expert has no row; is it new memory,
-    and to be kept?"""
-    need_w1, need_b1, need_w2, need_b2 = needed
-    dw1, new_w1 = gradient_like(w1) if need_w1 else (None, False)
-    dw2, new_w2 = gradient_like(w2) if need_w2 else (None, False)
-    db1, db2 = (w.new_empty(w.shape[0], 1, w.shape[2]) if need else None for w, need in ((w1, need_b1), (w2, need_b2)))
-    grads = dw1, db1, dw2, db2
+) -> tuple[tuple[Tensor | None, Tensor, Tensor | None, Tensor], bool]:
+    """Room for the gradients of w1, b1, w2, b2 (those of the biases come for nothing), zero where an expert has no row;
+    is it new memory, and to be kept?"""
+    dw1, new_w1 = gradient_like(w1) if needed[0] else (None, False)
+    dw2, new_w2 = gradient_like(w2) if needed[2] else (None, False)
+    grads = dw1, w1.new_empty(w1.shape[0], w1.shape[2]), dw2, w2.new_empty(w2.shape[0], w2.shape[2])
     for e in (e for e, n in enumerate(of_expert) if not n):
         for grad in grads:
             if grad is not None:
@@ -289,13 +269,15 @@ class Experts(nn.Module):
             return tuple(operand.to(dtype) for operand in operands)
         return operands
 
-    def forward_sorted(self, x_ND: Tensor, gates_NK: Tensor, order_M: Tensor, counts_E: Tensor) -> Tensor:
+    def forward_sorted(
+        self, x_ND: Tensor, gates_NK: Tensor, experts_NK: Tensor, order_M: Tensor, counts_E: Tensor
+    ) -> Tensor:
         """Dropless, over items in the order of `dispatch.sort_by_expert`; reads the counts: one wait for the device."""
         x_ND, w1, b1, w2, b2 = self._operands(x_ND)
         gates_NK = gates_NK.to(x_ND.dtype)
         differentiable = any(t.requires_grad for t in (x_ND, w1, b1, w2, b2, gates_NK))
         run = _SortedExperts.apply if torch.is_grad_enabled() and differentiable else _run_sorted
-        return run(x_ND, w1, b1, w2, b2, gates_NK, order_M, counts_E.tolist(), self.gelu)
+        return run(x_ND, w1, b1, w2, b2, gates_NK, experts_NK, order_M, counts_E.tolist(), self.gelu)
 
     def forward_slots(
         self, x_ND: Tensor, gates_NK: Tensor, slots: dispatch.Slots, expert_of_block: Tensor | None = None

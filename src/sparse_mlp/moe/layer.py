@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sparse_mlp.moe import balance, dispatch, telemetry
+from sparse_mlp.moe import balance, compiled, dispatch, telemetry
 from sparse_mlp.moe.experts import GELU, Experts
 from sparse_mlp.moe.router import NoisyTopKRouter, Routing
 
@@ -122,8 +122,9 @@ class MoeMlp(nn.Module):
         if torch.compiler.is_compiling():
             slots, expert_of_block = dispatch.block_slots(routing.experts_NK, self.num_experts)
             return self.experts.forward_slots(items_ND, routing.gates_NK, slots, expert_of_block), None
-        order_M, counts_E = dispatch.sort_by_expert(routing.experts_NK, self.num_experts)
-        return self.experts.forward_sorted(items_ND, routing.gates_NK, order_M, counts_E), None
+        sort_by_expert = (compiled if compiled.serves(items_ND) else dispatch).sort_by_expert
+        by_expert = sort_by_expert(routing.experts_NK, self.num_experts)
+        return self.experts.forward_sorted(routing.items_ND, routing.gates_NK, routing.experts_NK, *by_expert), None
 
     def _balance(self, y_ND: Tensor, routing: Routing, kept_NK: Tensor | None) -> Tensor:
         totals = balance.expert_totals(routing, self.router.noise_std)

@@ -70,13 +70,19 @@ class RoutingMeter(nn.Module):
     @torch.no_grad()
     def update(self, routing: Routing, kept_NK: Tensor | None, balance_loss: Tensor) -> None:
         """Take the statistics of one forward; `kept_NK` None means nothing was dropped."""
-        num_experts = len(self.load)
-        logp_EN = routing.logits_NE.detach().t().log_softmax(0)  # as in `softmax_over_experts`
-        p_EN = logp_EN.exp()
-        hot_NKE = routing.experts_NK.unsqueeze(-1) == torch.arange(num_experts, device=p_EN.device)
-        self.load.copy_(hot_NKE.sum((0, 1)) / hot_NKE.shape[:2].numel())
-        self.importance.copy_(p_EN.mean(1))
-        self.entropy.copy_(-(p_EN * logp_EN).sum(0).mean() / max(math.log(num_experts), 1e-12))
+        num_experts, n = len(self.load), len(routing.logits_NE)
+        if routing.sums is not None:
+            chosen_E, entropy = routing.sums.chosen_E, routing.sums.entropy
+            self.importance.copy_(routing.sums.totals[0] / n)
+        else:
+            logp_EN = routing.logits_NE.detach().t().log_softmax(0)  # as in `softmax_over_experts`
+            p_EN = logp_EN.exp()
+            self.importance.copy_(p_EN.mean(1))
+            entropy = -(p_EN * logp_EN).sum(0).mean()
+            hot_NKE = routing.experts_NK.unsqueeze(-1) == torch.arange(num_experts, device=p_EN.device)
+            chosen_E = hot_NKE.sum((0, 1))
+        self.load.copy_(chosen_E / routing.experts_NK.numel())
+        self.entropy.copy_(entropy / max(math.log(num_experts), 1e-12))
         self.dropped.copy_(torch.zeros_like(self.dropped) if kept_NK is None else 1 - kept_NK.float().mean())
         self.balance_loss.copy_(balance_loss)
 
