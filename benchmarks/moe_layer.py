@@ -3,12 +3,13 @@
     python benchmarks/moe_layer.py [--rounds 7] [--processes 3] [--threads 1 2] [--peers] [--json FILE]
 
 Forward + backward, float32, no dropped items, every run in turn within a round; medians of ratios to the dense layer.
-The main table is made in several fresh processes, whose medians and range it gives: where the heap of a process happens
-to end decides which alternative takes new pages from the system at every step, for the whole life of the process, and
-that is worth a tenth and more. Beside them two bounds, K times the dense layer's matrix products alone and the products
-of the experts alone, which have fewer rows each and eight times the weights; and with --peers the layers that pip
-installs here (`pip install -e '.[bench]'`), set to drop nothing. Then more experts at equal multiply-adds and one
-single image, both with the bound that memory sets, narrow layers, and peak memory.
+The tables are made in several fresh processes, whose medians they give, and our range: where the heap of a process
+happens to end decides which alternative takes new pages from the system at every step, for the whole life of the
+process, and that is worth a tenth and more. Beside them two bounds, K times the dense layer's matrix products alone and
+the products of the experts alone, which have fewer rows each and eight times the weights; and with --peers the layers
+that pip installs here (`pip install -e '.[bench]'`), set to drop nothing. Then the layer on other libraries and without
+its C kernels, more experts at equal multiply-adds and one single image, both with the bound that memory sets, narrow
+layers, and peak memory.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from interleaved import interleave, print_table, ratio, settle_allocator, write_json
 from peers import PEERS
-from sparse_mlp.moe import MoeMlp, experts
+from sparse_mlp.moe import MoeMlp, compiled, experts
 from sparse_mlp.moe import memory as memory_of_gradients
 
 SHAPES = {
@@ -36,6 +37,7 @@ SHAPES = {
     "6,272 x 768 -> 3,072": (6272, 768, 3072),
     "8,192 x 196 -> 784": (8192, 196, 784),
 }
+FIRST, *_, LAST = SHAPES
 Row = dict[str, Any]
 
 
@@ -92,17 +94,19 @@ def against_dense(threads: int, rounds: int, with_peers: bool) -> list[Row]:
     return rows
 
 
-def over_processes(processes: int, threads: int, rounds: int, with_peers: bool) -> list[Row]:
-    """`against_dense` in fresh processes, one after another: the medians, and the range of ours."""
+def over_processes(make_rows: Callable[..., list[Row]], processes: int, threads: int, *args: Any) -> list[Row]:
+    """`make_rows(threads, ...)` in fresh processes, one after another: the medians of its numbers, and the range of
+    those that `sparse_mlp` has."""
     with multiprocessing.get_context("spawn").Pool(1, _new_process, (threads,), maxtasksperchild=1) as pool:
-        job = (threads, rounds, with_peers)
-        measured = [pool.apply(against_dense, job) for _ in range(processes)]
+        measured = [pool.apply(make_rows, (threads, *args)) for _ in range(processes)]
     rows = []
     for same in zip(*measured, strict=True):
-        row: Row = {name: same[0][name] for name in ("shape", "K", "threads")}
-        row |= {name: statistics.median(other[name] for other in same) for name in same[0] if name not in row}
-        ours = [other["sparse_mlp"] for other in same]
-        rows.append(row | {"range of sparse_mlp": f"{min(ours):.2f} to {max(ours):.2f}"})
+        ratios = [name for name, value in same[0].items() if isinstance(value, float)]
+        row = same[0] | {name: statistics.median(other[name] for other in same) for name in ratios}
+        if "sparse_mlp" in row:
+            ours = [other["sparse_mlp"] for other in same]
+            row["range of sparse_mlp"] = f"{min(ours):.2f} to {max(ours):.2f}"
+        rows.append(row)
     return rows
 
 
@@ -112,20 +116,36 @@ def _new_process(threads: int) -> None:
     settle_allocator()
 
 
-def libraries(threads: int, rounds: int) -> list[Row]:
-    """The layer on MKL's products and on oneDNN's, first shape; it takes the one its processor's maker suggests."""
-    items, dim, hidden = next(iter(SHAPES.values()))
-    x = torch.randn(items, dim, requires_grad=True)
-    step = train_step(MoeMlp(dim, hidden, 8, 1), x)
+def parts(threads: int, rounds: int) -> list[Row]:
+    """The layer on MKL's products and on oneDNN's, of which it takes the one its processor's maker suggests, and
+    without its C kernels; first and last shape."""
+    rows = []
+    for shape in (FIRST, LAST):
+        items, dim, hidden = SHAPES[shape]
+        x = torch.randn(items, dim, requires_grad=True)
+        step = train_step(MoeMlp(dim, hidden, 8, 1), x)
 
-    def on(onednn: bool) -> None:
-        with mock.patch.object(experts, "onednn_is_faster", lambda: onednn):
-            step()
+        def on(onednn: bool, kernels: bool = True, step: Callable[[], None] = step) -> None:
+            served = compiled.serves if kernels else lambda *tensors: False
+            with (
+                mock.patch.object(experts, "onednn_is_faster", lambda: onednn),
+                mock.patch.object(compiled, "serves", served),
+            ):
+                step()
 
-    runs = {"dense": train_step(dense_mlp(dim, hidden), x), "MKL": lambda: on(False), "oneDNN": lambda: on(True)}
-    seconds = interleave(runs, rounds)
-    row: Row = {"threads": threads} | {name: ratio(seconds, name, "dense") for name in ("MKL", "oneDNN")}
-    return [row | {"taken": "oneDNN" if experts.onednn_is_faster() else "MKL"}]
+        taken = experts.onednn_is_faster()
+        runs = {
+            "dense": train_step(dense_mlp(dim, hidden), x),
+            "MKL": lambda on=on: on(False),
+            "oneDNN": lambda on=on: on(True),
+            "without kernels": lambda on=on, taken=taken: on(taken, kernels=False),
+        }
+        seconds = interleave(runs, rounds)
+        row: Row = {"shape": shape, "threads": threads} | {
+            name: ratio(seconds, name, "dense") for name in list(runs)[1:]
+        }
+        rows.append(row | {"taken": "oneDNN" if taken else "MKL", "kernels": compiled.state()})
+    return rows
 
 
 def more_experts(threads: int, rounds: int) -> list[Row]:
@@ -134,7 +154,7 @@ def more_experts(threads: int, rounds: int) -> list[Row]:
     The memory bound: forward reads every expert's weights, backward reads them again and writes their gradients. What
     that is beyond E=8 is timed as two sums and one fill of as many bytes, in memory already at hand.
     """
-    items, dim, hidden = next(iter(SHAPES.values()))
+    items, dim, hidden = SHAPES[FIRST]
     x = torch.randn(items, dim, requires_grad=True)
     counts = (8, 16, 32, 64)
     runs = {"dense": train_step(dense_mlp(dim, hidden), x)}
@@ -237,7 +257,7 @@ def _status(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; medians are over these")
-    parser.add_argument("--processes", type=int, default=3, help="fresh processes for the main table")
+    parser.add_argument("--processes", type=int, default=3, help="fresh processes; medians are over these too")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--peers", action="store_true", help=f"also time {', '.join(PEERS)}")
     parser.add_argument("--json", type=Path, help="write the rows and the hardware here")
@@ -250,12 +270,12 @@ def main() -> None:
 
     for threads in args.threads:
         title = "Forward + backward, ratio to the dense layer (E=8, no drops; bound: K dense products alone)"
-        show(title, over_processes(args.processes, threads, args.rounds, args.peers))
-        _new_process(threads)
-        show("By library, ratio to the dense layer (first shape, E=8, K=1)", libraries(threads, args.rounds))
-        show("More experts at equal multiply-adds (first shape, K=1)", more_experts(threads, args.rounds))
-        show("Narrow layers, forward + backward, ratio to the dense layer (E=8, K=1)", narrow(threads, args.rounds))
-        show("One image, forward, ratio to the dense layer (E=8, K=1)", one_image(threads, args.rounds))
+        times = args.processes, threads, args.rounds
+        show(title, over_processes(against_dense, *times, args.peers))
+        show("By library and kernels, ratio to the dense layer (first shape, E=8, K=1)", over_processes(parts, *times))
+        show("More experts at equal multiply-adds (first shape, K=1)", over_processes(more_experts, *times))
+        show("Narrow layers, forward + backward, ratio to the dense layer (E=8, K=1)", over_processes(narrow, *times))
+        show("One image, forward, ratio to the dense layer (E=8, K=1)", over_processes(one_image, *times))
     show("Peak memory of forward + backward, ratio to the dense layer (E=8, K=1)", memory())
     write_json(args.json, everything)
 
