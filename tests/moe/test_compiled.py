@@ -206,6 +206,19 @@ def test_routing_is_that_of_autograd(n, num_experts, threads, noise_std, tied, d
 
 
 @needs_kernels
+def test_items_by_columns_and_gradients_of_the_gates_alone() -> None:
+    router = NoisyTopKRouter(7, 3, 2, noise_std=0.0)
+    items = torch.randn(7, 20).t().requires_grad_()
+    found = []
+    for with_kernels in (True, False):
+        with mock.patch.object(compiled, "serves", lambda *tensors, told=with_kernels: told):
+            gates_NK = router(items).gates_NK
+            found.append([gates_NK, *torch.autograd.grad(gates_NK[:, 1].sum(), [items, router.weight])])
+    for ours, autograds in zip(*found, strict=True):
+        torch.testing.assert_close(ours, autograds, atol=1e-6, rtol=1e-5)
+
+
+@needs_kernels
 def test_many_items_and_a_logit_that_is_not_a_number() -> None:
     """More items than one block of sums; NaN reaches only its own item's gates, and some expert is chosen."""
     x = torch.randn(5000, 3)

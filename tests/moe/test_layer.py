@@ -101,7 +101,7 @@ def test_an_item_that_is_not_finite_spoils_only_its_own_expert(onednn: bool, mon
     assert all(parameter.grad[1:].isfinite().all() for parameter in layer.experts.parameters())
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
+def test_only_what_needs_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen experts, a frozen router, an input without a gradient: the others' gradients are those of all."""
     layer = make(balance_weight=0.0)
     x = torch.randn(40, 16)
@@ -119,6 +119,15 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     layer.requires_grad_(True)
     # the router's part of the input's gradient stays: its weights are frozen, its gates are not constant
     torch.testing.assert_close(only_x, all_x, atol=1e-6, rtol=1e-5)
+    needed = []
+    with monkeypatch.context() as patch:
+        real = experts._SortedExperts.apply
+        patch.setattr(
+            experts._SortedExperts, "apply", lambda x, *rest: needed.append(x.requires_grad) or real(x, *rest)
+        )
+        layer(x)
+        layer(x.requires_grad_())
+    assert needed == [False, True], "what is not asked for is not worked out"
 
 
 @pytest.mark.parametrize(

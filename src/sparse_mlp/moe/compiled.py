@@ -150,10 +150,10 @@ def route_backward(
     experts_NK: Tensor,
     grad_gates_NK: Tensor | None,
     grad_totals: Tensor | None,
-    grad_x_ND: Tensor,
+    grad_x_ND: Tensor | None,
 ) -> Tensor:
     """Gradient of `route`'s gates and totals of importance and load with respect to the weight; that with respect to x
-    is added to `grad_x_ND`."""
+    is added to `grad_x_ND`, if that is given."""
     n, num_experts = logits_NE.shape
     grad_NE = torch.empty_like(logits_NE)
     grads = (None if grad is None else grad.contiguous() for grad in (grad_gates_NK, grad_totals))

@@ -458,7 +458,7 @@ void scores_backward(const float *x, const float *w, const float *grad_logits, f
                 vec v[PATCH], gv[PATCH];
                 for (int r = 0; r < PATCH; r++) {
                     v[r] = r < rows ? load_up_to(x + (i + r) * d + j, d - j) : (vec){0};
-                    gv[r] = r < rows ? load_up_to(grad_x + (i + r) * d + j, d - j) : (vec){0};
+                    gv[r] = r < rows && grad_x ? load_up_to(grad_x + (i + r) * d + j, d - j) : (vec){0};
                 }
                 for (int64_t e = 0; e < experts; e++) {
                     vec we = load_up_to(w + e * d + j, d - j), total = load_up_to(part + e * d + j, d - j);
@@ -468,7 +468,7 @@ void scores_backward(const float *x, const float *w, const float *grad_logits, f
                     }
                     store_up_to(part + e * d + j, total, d - j);
                 }
-                for (int r = 0; r < rows; r++) store_up_to(grad_x + (i + r) * d + j, gv[r], d - j);
+                for (int r = 0; r < rows && grad_x; r++) store_up_to(grad_x + (i + r) * d + j, gv[r], d - j);
             }
         }
     }

@@ -68,9 +68,8 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_ND, grad_gates_NK, grad_totals, *_):  # type: ignore[no-untyped-def]
         items_ND, weight, *routed, experts_NK = ctx.saved_tensors
-        if grad_ND is None:
-            grad_ND = torch.zeros_like(items_ND)
-        grad_ND = grad_ND.contiguous()
+        if ctx.needs_input_grad[0]:
+            grad_ND = (torch.zeros_like(items_ND) if grad_ND is None else grad_ND).contiguous()
         grads = grad_gates_NK, grad_totals, grad_ND
         grad_weight = compiled.route_backward(items_ND, weight, *routed, ctx.noise_std, experts_NK, *grads)
         return grad_ND, grad_weight, None, None, None, None
@@ -147,9 +146,9 @@ class NoisyTopKRouter(nn.Module):
         if self.training and self.noise_std > 0:
             noise_NE = torch.randn(len(items_ND), len(self.weight), device=items_ND.device)
         routed = _Route.apply(items_ND, self.weight, noise_NE, self.noise_std, self.top_k, self.training)
-        items_ND, gates_NK, totals, experts_NK, logits_NE, noisy_NE, *others = routed
+        passed_ND, gates_NK, totals, experts_NK, logits_NE, noisy_NE, *others = routed
         return Routing(
-            items_ND,
+            passed_ND if items_ND.requires_grad else items_ND,
             gates_NK,
             experts_NK,
             logits_NE,
