@@ -94,7 +94,7 @@ def gelu_backward(
     hidden_PH: Tensor, bias_H: Tensor, approximate: str, grad_PH: Tensor, act_PH: Tensor, grad_bias_H: Tensor
 ) -> None:
     """See `rows.gelu_backward`."""
-    parts = hidden_PH.new_empty(torch.get_num_threads(), hidden_PH.shape[1])
+    parts = hidden_PH.new_empty(torch.get_num_threads(), 2, hidden_PH.shape[1])
     pointers = hidden_PH, bias_H, grad_PH, act_PH, grad_bias_H, parts
     _call("bias_gelu_backward", *pointers, *hidden_PH.shape, approximate == "tanh")
 
@@ -110,7 +110,7 @@ def gather_gated(
     dbias_D: Tensor,
 ) -> Tensor:
     """See `rows.gather_gated`."""
-    parts = out_PD.new_empty(torch.get_num_threads(), out_PD.shape[1])
+    parts = out_PD.new_empty(torch.get_num_threads(), 2, out_PD.shape[1])
     pointers = grad_ND.contiguous(), item_P, gate_P, out_PD, bias_D, dout_PD, dgate_P, dbias_D, parts
     _call("gather_gated", *pointers, *out_PD.shape)
     return dout_PD
@@ -160,7 +160,7 @@ def route_backward(
     given = logits_NE, noisy_NE, noise_std, experts_NK, *grads
     _call("route_backward", *given, grad_NE, n, num_experts, experts_NK.shape[1])
     weight_ED, grad_ED = weight_ED.contiguous(), weight_ED.new_empty(weight_ED.shape)
-    parts = weight_ED.new_empty(torch.get_num_threads(), weight_ED.numel())
+    parts = weight_ED.new_empty(torch.get_num_threads(), 2, weight_ED.numel())
     pointers = x_ND.contiguous(), weight_ED, grad_NE, grad_x_ND, grad_ED, parts
     _call("scores_backward", *pointers, n, num_experts, weight_ED.shape[1])
     return grad_ED

@@ -36,7 +36,7 @@ static inline int omp_get_num_threads(void) { return 1; }
 #define TILE_COLUMNS (TILE_VECTORS * LANES)
 #define DEPTH 64           /* rows of the weight that a tile reads before it goes on to the next columns */
 #define CHUNK 1024         /* columns of the weight that a thread takes at a time, where there are enough for all */
-#define SERIAL_BELOW 32768 /* numbers; a second thread takes microseconds to wake */
+#define SERIAL_BELOW 8192  /* numbers; a second thread takes microseconds to wake */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -179,10 +179,25 @@ INLINE void my_part(int64_t n, int64_t *first, int64_t *last) {
 
 /* ---- What experts do to rows ---- */
 
-static void add_parts(const float *parts, int64_t number, int64_t d, float *total) {
+/* Sums over rows, one for each of d columns, go through two floors, for float32 loses what is small beside a long sum:
+ * every FLOOR rows a thread moves `low` into `high`, and at the end the threads' are added. A thread's room is (2, d). */
+#define FLOOR 128
+
+INLINE float *clear_sums(float *parts, int64_t d) {
+    float *low = parts + omp_get_thread_num() * 2 * d;
+    memset(low, 0, 2 * d * sizeof(float));
+    return low;
+}
+
+INLINE void move_up(float *low, int64_t d) {
+    for (int64_t j = 0; j < d; j++) low[d + j] += low[j];
+    memset(low, 0, d * sizeof(float));
+}
+
+static void add_parts(const float *parts, int64_t number, int64_t stride, int64_t d, float *total) {
     for (int64_t j = 0; j < d; j++) {
         float t = 0;
-        for (int64_t i = 0; i < number; i++) t += parts[i * d + j];
+        for (int64_t i = 0; i < number; i++) t += parts[i * stride + j];
         total[j] = t;
     }
 }
@@ -225,8 +240,7 @@ void bias_gelu_backward(const float *hidden, const float *bias, float *grad, flo
     {
         int64_t first, last;
         my_part(n, &first, &last);
-        float *part = parts + omp_get_thread_num() * d;
-        memset(part, 0, d * sizeof(float));
+        float *part = clear_sums(parts, d);
 #pragma omp single nowait
         used = omp_get_num_threads();
         for (int64_t i = first; i < last; i++) {
@@ -237,9 +251,10 @@ void bias_gelu_backward(const float *hidden, const float *bias, float *grad, flo
                 store_up_to(act + i * d + j, g.value, d - j);
                 store_up_to(part + j, load_up_to(part + j, d - j) + slope, d - j);
             }
+            if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(part, d);
         }
     }
-    add_parts(parts, used, d, grad_bias);
+    add_parts(parts + d, used, 2 * d, d, grad_bias);
 }
 
 void gather_gated(const float *grad, const int64_t *item, const float *gate, const float *out, const float *bias,
@@ -250,8 +265,7 @@ void gather_gated(const float *grad, const int64_t *item, const float *gate, con
     {
         int64_t first, last;
         my_part(n, &first, &last);
-        float *part = parts + omp_get_thread_num() * d;
-        memset(part, 0, d * sizeof(float));
+        float *part = clear_sums(parts, d);
 #pragma omp single nowait
         used = omp_get_num_threads();
         for (int64_t i = first; i < last; i++) {
@@ -266,9 +280,10 @@ void gather_gated(const float *grad, const int64_t *item, const float *gate, con
                 store_up_to(part + j, load_up_to(part + j, d - j) + g, d - j);
             }
             grad_gate[i] = sum(dot);
+            if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(part, d);
         }
     }
-    add_parts(parts, used, d, grad_bias);
+    add_parts(parts + d, used, 2 * d, d, grad_bias);
 }
 
 /* ---- The router: LANES items side by side, for a row of logits is short ---- */
@@ -384,7 +399,7 @@ void route(const float *x, const float *w, float *logits, const float *noise, fl
         }
         part[3 * experts] = sum(entropy);
     }
-    if (totals) add_parts(parts, blocks, width, totals);
+    if (totals) add_parts(parts, blocks, width, width, totals);
 }
 
 void route_backward(const float *logits, const float *noisy, float noise_std, const int64_t *chosen,
@@ -445,8 +460,7 @@ void scores_backward(const float *x, const float *w, const float *grad_logits, f
     {
         int64_t first, last;
         my_part(n, &first, &last);
-        float *part = parts + omp_get_thread_num() * experts * d;
-        memset(part, 0, experts * d * sizeof(float));
+        float *part = clear_sums(parts, experts * d);
 #pragma omp single nowait
         used = omp_get_num_threads();
         for (int64_t i = first; i < last; i += PATCH) {
@@ -470,9 +484,10 @@ void scores_backward(const float *x, const float *w, const float *grad_logits, f
                 }
                 for (int r = 0; r < rows && grad_x; r++) store_up_to(grad_x + (i + r) * d + j, gv[r], d - j);
             }
+            if ((i - first) % FLOOR == FLOOR - PATCH || i + PATCH >= last) move_up(part, experts * d);
         }
     }
-    add_parts(parts, used, experts * d, grad_w);
+    add_parts(parts + experts * d, used, 2 * experts * d, experts * d, grad_w);
 }
 
 void sort_by_expert(const int64_t *expert, int64_t *order, int64_t *count, int64_t m, int64_t experts, int threads) {
