@@ -272,7 +272,7 @@ def main() -> None:
         title = "Forward + backward, ratio to the dense layer (E=8, no drops; bound: K dense products alone)"
         times = args.processes, threads, args.rounds
         show(title, over_processes(against_dense, *times, args.peers))
-        show("By library and kernels, ratio to the dense layer (first shape, E=8, K=1)", over_processes(parts, *times))
+        show("By library and kernels, ratio to the dense layer (E=8, K=1)", over_processes(parts, *times))
         show("More experts at equal multiply-adds (first shape, K=1)", over_processes(more_experts, *times))
         show("Narrow layers, forward + backward, ratio to the dense layer (E=8, K=1)", over_processes(narrow, *times))
         show("One image, forward, ratio to the dense layer (E=8, K=1)", over_processes(one_image, *times))
