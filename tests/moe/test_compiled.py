@@ -251,6 +251,26 @@ def test_the_same_threads_give_the_same_bits() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("items", [20, 3000])
+def test_what_is_made_on_the_way_does_not_follow_torchs_defaults(items: int) -> None:
+    """A kernel would read numbers of another type, or on another device, as if they were its own."""
+    layer, x = MoeMlp(16, 24, 4, top_k=2), torch.randn(items, 16)
+    found = []
+    for default in (None, "dtype", "device"):
+        try:
+            torch.set_default_dtype(torch.float64 if default == "dtype" else torch.float32)
+            torch.set_default_device("meta" if default == "device" else None)
+            torch.manual_seed(0)
+            with torch.no_grad():
+                found.append([layer.train()(x), layer.eval()(x)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+@needs_kernels
 def test_kernels_take_only_what_they_know() -> None:
     x = torch.randn(5, 8)
     assert compiled.serves(x)
@@ -320,6 +340,13 @@ class TestLoading:
             assert compiled._load.__wrapped__() == f"{broken} failed: no space left"
         assert "no space left" in caplog.text
         assert list(new_home.iterdir()) == []
+
+    def test_a_compiler_that_fails_without_a_word(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        broken = tmp_path / "mycc"
+        broken.write_text("#!/bin/sh\necho >&2\nexit 3\n")
+        broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("CC", str(broken))
+        assert "exit status 3" in compiled._load.__wrapped__()
 
     def test_a_home_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()

@@ -9,6 +9,7 @@ OpenMP library that torch has loaded serves this one too.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -173,7 +174,7 @@ def few_rows(
     (num_experts, dim, hidden_dim), p = w1.shape, len(item_P)
     # the rows that products write are filled up to whole tiles
     x_PD, hidden_PH, out_PD = (x_ND.new_empty(p, size) for size in (dim, _whole_tiles(hidden_dim), _whole_tiles(dim)))
-    first_row = torch.tensor([0, *of_expert]).cumsum(0)
+    first_row = item_P.new_tensor([0, *of_expert]).cumsum(0)
     weights = (weight.contiguous() for weight in (w1, b1, w2))
     pointers = x_ND.contiguous(), item_P, first_row, *weights, x_PD, hidden_PH, out_PD
     _call("few_rows_experts", *pointers, num_experts, dim, hidden_dim, gelu == "tanh")
@@ -209,7 +210,8 @@ def _load() -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(_compile(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        told = str(getattr(error, "stderr", None) or "").strip() or str(error)
+        reason = told.splitlines()[0]
         _log.warning("the experts run without their C kernels, which %s could not compile: %s", compiler, reason)
         return f"{compiler} failed: {reason}"
     for name, types in _ARGUMENTS.items():
@@ -234,7 +236,7 @@ def _compile(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / path.name
             command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=120)
             made.replace(path)  # at once: another process may be making the same
     return path
 
@@ -248,4 +250,6 @@ def _folder() -> Path:
             return kept
     except (OSError, RuntimeError):  # read-only, or no home
         pass
-    return Path(tempfile.mkdtemp(prefix="sparse_mlp-"))
+    own = Path(tempfile.mkdtemp(prefix="sparse_mlp-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own

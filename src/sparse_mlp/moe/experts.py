@@ -90,12 +90,12 @@ def _lay_out(order_M: Tensor, counts: list[int], top_k: int, onednn: bool) -> _R
     if of_expert == counts:
         row_M[order_M] = torch.arange(len(order_M), device=order_M.device)
         return _Rows(of_expert, order_M if top_k == 1 else order_M // top_k, row_M.view(-1, top_k))
-    rows, places = [], []  # of the sorted assignments; and for each row, which of these it holds
+    sorted_rows, places = [], []  # of the sorted assignments; and for each row, which of these it holds
     first_rows, first_places = accumulate(of_expert, initial=0), accumulate(counts, initial=0)
     for n, size, row, place in zip(counts, of_expert, first_rows, first_places, strict=False):
-        rows.append(torch.arange(row, row + n))
-        places.append(torch.arange(place, place + size).clamp_(max=place + n - 1))
-    row_M[order_M] = torch.cat(rows)
+        sorted_rows.append(torch.arange(row, row + n, device=order_M.device))
+        places.append(torch.arange(place, place + size, device=order_M.device).clamp_(max=place + n - 1))
+    row_M[order_M] = torch.cat(sorted_rows)
     return _Rows(of_expert, order_M[torch.cat(places)] // top_k, row_M.view(-1, top_k))
 
 

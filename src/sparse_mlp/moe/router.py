@@ -27,8 +27,8 @@ class Routing(NamedTuple):
 
     `items_ND` are those it was given, for the experts to take. `gates_NK` are the K largest entries of
     softmax(logits + noise), in falling order, not renormalised; `experts_NK` are their experts. `logits_NE` carry no
-    noise, `noisy_NE` do (the same tensor where there is none). `sums` is there in training where the router is
-    compiled; elsewhere whoever needs a sum makes it, from the logits.
+    noise, `noisy_NE` do (the same tensor where there is none). Where the router is compiled, both are constants, and in
+    training `sums` is there; elsewhere whoever needs a sum makes it, from the logits.
     """
 
     items_ND: Tensor
@@ -144,7 +144,7 @@ class NoisyTopKRouter(nn.Module):
     def _compiled(self, items_ND: Tensor) -> Routing:
         noise_NE = None
         if self.training and self.noise_std > 0:
-            noise_NE = torch.randn(len(items_ND), len(self.weight), device=items_ND.device)
+            noise_NE = items_ND.new_empty(len(items_ND), len(self.weight)).normal_()
         routed = _Route.apply(items_ND, self.weight, noise_NE, self.noise_std, self.top_k, self.training)
         passed_ND, gates_NK, totals, experts_NK, logits_NE, noisy_NE, *others = routed
         return Routing(

@@ -32,7 +32,7 @@ def combine_gated(rows_PD: Tensor, row_NK: Tensor, gates_NK: Tensor, experts_NK:
 
 
 def gelu(hidden_PH: Tensor, bias_H: Tensor, approximate: str, act_PH: Tensor) -> Tensor:
-    """GELU(hidden + bias). `act_PH` may be `hidden_PH` itself."""
+    """GELU(hidden + bias)."""
     torch.add(hidden_PH, bias_H, out=act_PH)
     return torch.ops.aten.gelu.out(act_PH, approximate=approximate, out=act_PH)
 
