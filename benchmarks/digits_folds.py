@@ -40,6 +40,10 @@ def learning_rate(recipe: Recipe, lr: float) -> Recipe:
     return replace(recipe, optim=replace(recipe.optim, lr=lr))
 
 
+def weight_decay(recipe: Recipe, weight_decay: float) -> Recipe:
+    return replace(recipe, optim=replace(recipe.optim, weight_decay=weight_decay))
+
+
 def epochs(recipe: Recipe, times: float) -> Recipe:
     return replace(recipe, train=replace(recipe.train, epochs=recipe.train.epochs * times))
 
@@ -48,12 +52,15 @@ SHARED: dict[str, Callable[[Recipe], Recipe]] = {
     "as it is": lambda recipe: recipe,
     "twice as long": partial(epochs, times=2),
     "lr 6e-3": partial(learning_rate, lr=6e-3),
+    "weight decay 0.5": partial(weight_decay, weight_decay=0.5),
     "drop path 0.1": partial(arguments, drop_path_rate=0.1),
 }
 SPARSE: dict[str, Callable[[Recipe], Recipe]] = {  # of as many multiply-adds
     "noise 0": partial(arguments, noise_std=0.0),
     "K (2, 2), half as wide": partial(arguments, top_k=(2, 2), expert_hidden=(64, 256)),
     "no Re-represent": partial(arguments, rerepresent=False, expert_hidden=(80, 352)),
+    "experts (4, 4)": partial(arguments, num_experts=(4, 4)),
+    "one sparse block": partial(arguments, sparse_blocks=1, mlp_ratio=(0.5, 4.35), expert_hidden=(128, 256)),
 }
 CANDIDATES = {f"mixer, {name}": ("digits_mixer", change) for name, change in SHARED.items()}
 CANDIDATES |= {f"sparse, {name}": ("digits_sparse", change) for name, change in (SHARED | SPARSE).items()}

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_mlp.moe import MoeMlp, balance, compiled, dispatch, rows, telemetry
+from sparse_mlp.moe.experts import _FewRowsExperts, _SortedExperts
 from sparse_mlp.moe.router import NoisyTopKRouter
 
 needs_kernels = pytest.mark.skipif(compiled.state() != "compiled", reason=f"C kernels: {compiled.state()}")
@@ -133,12 +134,46 @@ def test_products_of_few_rows(of_expert: list[int], dim: int, hidden_dim: int, t
     weights = layer.fc1.weight, layer.fc1.bias, layer.fc2.weight
     x_ND = torch.randn(9, dim)
     item_P = torch.randint(9, (sum(of_expert),))
-    out_PD = compiled.few_rows(x_ND, *weights, item_P, of_expert, layer.gelu)
+    out_PD, _ = compiled.few_rows(x_ND, *weights, item_P, of_expert, layer.gelu, keep=False)
     parts = [
         F.gelu(x @ w1 + b1, approximate=layer.gelu) @ w2
         for x, w1, b1, w2 in zip(x_ND[item_P].split(of_expert), *weights, strict=True)
     ]
     torch.testing.assert_close(out_PD, torch.cat(parts), atol=3e-5, rtol=1e-5)
+
+
+@needs_kernels
+@settings(max_examples=60, deadline=None)
+@given(
+    of_expert=st.lists(st.integers(0, 150), min_size=1, max_size=4).filter(any),
+    dim=st.integers(1, 140),
+    hidden_dim=st.integers(1, 300),
+    threads=st.integers(1, 3),
+    act=st.sampled_from(["gelu", "gelu_tanh"]),
+    large=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_gradients_through_products_of_few_rows(of_expert, dim, hidden_dim, threads, act, large, seed) -> None:
+    """All of them, against autograd in float64; more rows than one pass takes; sizes that fill no tile and that do."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    if large:  # whole tiles, which a large gradient writes past the caches
+        dim, hidden_dim = 64 * max(1, dim // 64), 64 * max(1, hidden_dim // 64)
+    experts = MoeMlp(dim, hidden_dim, len(of_expert), act=act).experts
+    weights = experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias
+    experts_P = torch.repeat_interleave(torch.arange(len(of_expert)), torch.tensor(of_expert))
+    order_M, counts_E = dispatch.sort_by_expert(experts_P[torch.randperm(len(experts_P))].unsqueeze(1), len(of_expert))
+    experts_NK = torch.empty_like(experts_P).index_put_((order_M,), experts_P).unsqueeze(1)
+    x_ND, gates_NK = torch.randn(len(experts_P), dim), torch.rand(len(experts_P), 1)
+    found = []
+    for function, dtype in ((_FewRowsExperts, torch.float32), (_SortedExperts, torch.float64)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x_ND, *weights, gates_NK)]
+        with mock.patch.object(compiled, "LARGE", 1 if large else 2**40):
+            y_ND = function.apply(*leaves, experts_NK, order_M, counts_E.tolist(), experts.gelu)
+            y_ND.backward(torch.linspace(-1, 1, y_ND.numel(), dtype=dtype).view(y_ND.shape))
+        found.append([y_ND.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=3e-6 * max(1, exact.abs().max()), rtol=1e-4)
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sparse_mlp.moe import MoeMlp, dispatch, eager, experts, telemetry
+from sparse_mlp.moe import MoeMlp, compiled, dispatch, eager, experts, telemetry
 
 
 def make(dim: int = 16, hidden: int = 24, experts: int = 4, top_k: int = 2, **kwargs) -> MoeMlp:
@@ -57,6 +58,12 @@ def test_dropless_equals_the_loop_at_any_size(naive_moe, dim: int, items: int, e
     torch.testing.assert_close(layer(x), naive_moe(layer, x), atol=1e-12, rtol=1e-9)
 
 
+@pytest.fixture(params=["products of few rows", "products of many"])
+def rows_of_an_expert(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "FEW", 10**9 if "few" in request.param else 0)
+
+
+@pytest.mark.usefixtures("rows_of_an_expert")
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_kept_graph_can_go_backward_again_and_a_spent_one_says_so(top_k: int) -> None:
     layer = make(top_k=top_k)
@@ -73,6 +80,7 @@ def test_a_kept_graph_can_go_backward_again_and_a_spent_one_says_so(top_k: int) 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_both_libraries_for_products_give_the_same(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN on padded rows and torch.mm on exact ones, forward and all gradients, with and without autograd."""
+    monkeypatch.setattr(compiled, "FEW", 0)
     layer = make(20, 24, 4, top_k)
     x = torch.randn(333, 20)
     results = []
@@ -86,6 +94,7 @@ def test_both_libraries_for_products_give_the_same(top_k: int, monkeypatch: pyte
 
 
 @pytest.mark.skipif(not eager._ONEDNN, reason="this torch has no oneDNN")
+@pytest.mark.usefixtures("rows_of_an_expert")
 @pytest.mark.parametrize("onednn", [True, False])
 def test_an_item_that_is_not_finite_spoils_only_its_own_expert(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where experts have rows of no item, which must not be copies of another expert's item."""
@@ -101,6 +110,7 @@ def test_an_item_that_is_not_finite_spoils_only_its_own_expert(onednn: bool, mon
     assert all(parameter.grad[1:].isfinite().all() for parameter in layer.experts.parameters())
 
 
+@pytest.mark.usefixtures("rows_of_an_expert")
 def test_only_what_needs_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen experts, a frozen router, an input without a gradient: the others' gradients are those of all."""
     layer = make(balance_weight=0.0)
@@ -121,10 +131,9 @@ def test_only_what_needs_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(only_x, all_x, atol=1e-6, rtol=1e-5)
     needed = []
     with monkeypatch.context() as patch:
-        real = experts._SortedExperts.apply
-        patch.setattr(
-            experts._SortedExperts, "apply", lambda x, *rest: needed.append(x.requires_grad) or real(x, *rest)
-        )
+        for function in (experts._SortedExperts, experts._FewRowsExperts):
+            spied = partial(lambda real, x, *rest: needed.append(x.requires_grad) or real(x, *rest), function.apply)
+            patch.setattr(function, "apply", spied)
         layer(x)
         layer(x.requires_grad_())
     assert needed == [False, True], "what is not asked for is not worked out"
@@ -175,6 +184,15 @@ def test_a_choices_row_is_its_experts_and_holds_its_item(
     assert torch.equal(expert_P[rows.row_NK], experts_NK)
     assert torch.equal(rows.item_P[rows.row_NK], torch.arange(items).unsqueeze(1).expand(-1, top_k))
     assert len(rows.row_NK.unique()) == items * top_k
+
+
+@pytest.mark.usefixtures("rows_of_an_expert")
+def test_no_items_in_float32() -> None:
+    layer, x = make(), torch.randn(0, 16, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 16)
+    assert all(not parameter.grad.any() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("mode", ["one expert takes all", "one expert gets none"])

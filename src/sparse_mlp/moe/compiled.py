@@ -30,6 +30,7 @@ from sparse_mlp.moe.eager import runs_eagerly_on_cpu
 _log = logging.getLogger(__name__)
 
 FEW = 128  # rows an expert, on average, up to which products of our own are faster than a library's
+LARGE = 2**23  # numbers of a weight's gradient, from which on it is written past the caches
 MOST_EXPERTS = 64  # beyond, a library makes the router's logits faster
 
 _SOURCE = Path(__file__).with_name("kernels.c")
@@ -45,7 +46,8 @@ _ARGUMENTS = {  # the number of threads is the last one of each
     "route_backward": [_POINTER] * 2 + [_FLOAT] + [_POINTER] * 4 + [_SIZE] * 3 + [_INT],
     "scores_backward": [_POINTER] * 6 + [_SIZE] * 3 + [_INT],
     "sort_by_expert": [_POINTER] * 3 + [_SIZE] * 2 + [_INT],
-    "few_rows_experts": [_POINTER] * 9 + [_SIZE] * 3 + [_INT] * 2,
+    "few_rows_experts": [_POINTER] * 10 + [_SIZE] * 3 + [_INT] * 2,
+    "few_rows_experts_backward": [_POINTER] * 21 + [_SIZE] * 3 + [_INT] * 3,
 }
 
 
@@ -168,22 +170,63 @@ def route_backward(
 
 
 def few_rows(
-    x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, item_P: Tensor, of_expert: list[int], gelu: str
-) -> Tensor:
-    """GELU(x w1 + b1) w2 of each row, of_expert[e] rows by expert e: (N, D) -> (P, D)."""
+    x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, item_P: Tensor, of_expert: list[int], gelu: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """GELU(x w1 + b1) w2 of each row, of_expert[e] rows by expert e: (N, D) -> (P, D).
+
+    And x w1, (P, at least H), which `few_rows_backward` asks for; without `keep` something else is written there."""
     (num_experts, dim, hidden_dim), p = w1.shape, len(item_P)
-    # the rows that products write are filled up to whole tiles
-    x_PD, hidden_PH, out_PD = (x_ND.new_empty(p, size) for size in (dim, _whole_tiles(hidden_dim), _whole_tiles(dim)))
-    first_row = item_P.new_tensor([0, *of_expert]).cumsum(0)
+    x_PD, hidden_PH, out_PD = (x_ND.new_empty(p, size) for size in (dim, _row_stride(hidden_dim), _row_stride(dim)))
+    act_PH = torch.empty_like(hidden_PH) if keep else hidden_PH
     weights = (weight.contiguous() for weight in (w1, b1, w2))
-    pointers = x_ND.contiguous(), item_P, first_row, *weights, x_PD, hidden_PH, out_PD
+    pointers = x_ND.contiguous(), item_P, _first_rows(item_P, of_expert), *weights, x_PD, hidden_PH, act_PH, out_PD
     _call("few_rows_experts", *pointers, num_experts, dim, hidden_dim, gelu == "tanh")
-    return out_PD[:, :dim]
+    return out_PD[:, :dim], hidden_PH
 
 
-def _whole_tiles(columns: int) -> int:
-    tile = _library().tile_columns()
-    return -(-columns // tile) * tile
+def few_rows_backward(
+    x_ND: Tensor,
+    grad_ND: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    item_P: Tensor,
+    of_expert: list[int],
+    gate_P: Tensor,
+    hidden_PH: Tensor,
+    out_PD: Tensor,
+    gelu: str,
+    dx_PD: Tensor | None,
+    dweights: tuple[Tensor | None, Tensor, Tensor | None, Tensor],
+) -> Tensor:
+    """Through `y_item += gate_p (out_p + b2 of its expert)` and `few_rows`: the gates' gradient, (P,).
+
+    Writes those of the rows of x into `dx_PD`, memory `like_rows` of `out_PD` or that itself, and those of w1, b1, w2,
+    b2, where an expert has rows, into `dweights`; what is None is left out."""
+    num_experts, dim, hidden_dim = w1.shape
+    dgate_P, dout_PD = torch.empty_like(gate_P), like_rows(out_PD)
+    dhidden_PH, act_PH = torch.empty_like(hidden_PH), torch.empty_like(hidden_PH)
+    parts = gate_P.new_empty(torch.get_num_threads(), 2, max(dim, hidden_dim))
+    given = x_ND.contiguous(), grad_ND.contiguous(), item_P, _first_rows(item_P, of_expert), gate_P
+    weights = (weight.contiguous() for weight in (w1, b1, w2, b2))
+    made = dgate_P, dx_PD, *dweights, dout_PD, dhidden_PH, act_PH, parts
+    sizes = num_experts, dim, hidden_dim, gelu == "tanh", w1.numel() >= LARGE
+    _call("few_rows_experts_backward", *given, *weights, hidden_PH, out_PD, *made, *sizes)
+    return dgate_P
+
+
+def like_rows(out_PD: Tensor) -> Tensor:
+    """New memory laid out as what `few_rows` returned."""
+    return out_PD.new_empty(len(out_PD), out_PD.stride(0))[:, : out_PD.shape[1]]
+
+
+def _first_rows(item_P: Tensor, of_expert: list[int]) -> Tensor:
+    return item_P.new_tensor([0, *of_expert]).cumsum(0)
+
+
+def _row_stride(columns: int) -> int:
+    return _library().row_stride(columns)
 
 
 def _call(name: str, *arguments: Tensor | float | None) -> None:
@@ -216,8 +259,8 @@ def _load() -> ctypes.CDLL | str:
         return f"{compiler} failed: {reason}"
     for name, types in _ARGUMENTS.items():
         getattr(library, name).argtypes, getattr(library, name).restype = types, None
-    library.tile_columns.restype = library.route_blocks.restype = _SIZE
-    library.route_blocks.argtypes = [_SIZE]
+    library.row_stride.restype = library.route_blocks.restype = _SIZE
+    library.row_stride.argtypes = library.route_blocks.argtypes = [_SIZE]
     return library
 
 

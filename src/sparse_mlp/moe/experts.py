@@ -7,7 +7,7 @@ of zeros per expert), its outputs among those of the sorted assignments, which a
 (adding them up item by item is done by one thread).
 
 On a CPU its float32 products go to oneDNN or to torch's own MKL, whichever is the faster one on the processor, and what
-lies between them to `compiled`; with few rows an expert, as from one image, the products too.
+lies between them to `compiled`; where an expert has few rows, as of one image or of many experts, the products too.
 """
 
 from __future__ import annotations
@@ -147,6 +147,11 @@ def _forward(
     return out_PD, hiddens
 
 
+def _has_few_rows(counts: list[int], *tensors: Tensor) -> bool:
+    """Whether `compiled` is to make the products too."""
+    return sum(counts) <= compiled.FEW * sum(n > 0 for n in counts) and compiled.serves(*tensors)
+
+
 def _run_sorted(
     x_ND: Tensor,
     w1: Tensor,
@@ -160,11 +165,11 @@ def _run_sorted(
     gelu: str,
 ) -> Tensor:
     """sum_k gate_k expert_k(x), expert by expert, without a backward."""
-    few = len(order_M) <= compiled.FEW * sum(n > 0 for n in counts) and compiled.serves(x_ND, w1, b1, w2, b2)
+    few = _has_few_rows(counts, x_ND, w1, b1, w2, b2)
     onednn = not few and _use_onednn(x_ND)
     layout = _lay_out(order_M, counts, gates_NK.shape[1], onednn)
     if few:
-        out_PD = compiled.few_rows(x_ND, w1, b1, w2, layout.item_P, counts, gelu)
+        out_PD, _ = compiled.few_rows(x_ND, w1, b1, w2, layout.item_P, counts, gelu, keep=False)
     else:
         out_PD, _ = _forward(x_ND, w1, b1, w2, layout, gelu, onednn)
     return _row_ops(out_PD, gates_NK, b2).combine_gated(out_PD, layout.row_NK, gates_NK, experts_NK, b2)
@@ -229,6 +234,38 @@ class _SortedExperts(torch.autograd.Function):
         return dx_ND, dw1, db1, dw2, db2, dgates_NK, None, None, None, None
 
 
+class _FewRowsExperts(torch.autograd.Function):
+    """`_run_sorted` with a backward where each expert has few rows: all products by `compiled`."""
+
+    @staticmethod
+    def forward(ctx, x_ND, w1, b1, w2, b2, gates_NK, experts_NK, order_M, counts, gelu):  # type: ignore[no-untyped-def]
+        layout = _lay_out(order_M, counts, gates_NK.shape[1], onednn=False)
+        out_PD, hidden_PH = compiled.few_rows(x_ND, w1, b1, w2, layout.item_P, counts, gelu, keep=True)
+        gates_P = gates_NK.flatten()[order_M]
+        ctx.save_for_backward(x_ND, w1, b1, w2, b2, gates_P, layout.item_P, layout.row_NK, out_PD, hidden_PH)
+        ctx.counts, ctx.gelu = counts, gelu
+        return compiled.combine_gated(out_PD, layout.row_NK, gates_NK, experts_NK, b2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
+        x_ND, w1, b1, w2, b2, gates_P, item_P, row_NK, out_PD, hidden_PH = ctx.saved_tensors
+        need_x, *need_weights, need_gates = ctx.needs_input_grad[:6]
+        graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        grads, _ = _weight_gradients(w1, w2, need_weights, ctx.counts)
+        # an expert's outputs are read for the last time before its part of the input's gradient is written
+        dx_PD = (compiled.like_rows(out_PD) if graph_is_kept else out_PD) if need_x else None
+        rows_in, rows_out = (item_P, ctx.counts, gates_P), (hidden_PH, out_PD)
+        dgates_P = compiled.few_rows_backward(
+            x_ND, grad_ND, w1, b1, w2, b2, *rows_in, *rows_out, ctx.gelu, dx_PD, grads
+        )
+        dx_ND, dgates_NK = (
+            None if dx_PD is None else compiled.combine(dx_PD, row_NK),
+            dgates_P[row_NK] if need_gates else None,
+        )
+        return dx_ND, *grads, dgates_NK, None, None, None, None
+
+
 def _weight_gradients(
     w1: Tensor, w2: Tensor, needed: list[bool], of_expert: list[int]
 ) -> tuple[tuple[Tensor | None, Tensor, Tensor | None, Tensor], bool]:
@@ -276,8 +313,11 @@ class Experts(nn.Module):
         x_ND, w1, b1, w2, b2 = self._operands(x_ND)
         gates_NK = gates_NK.to(x_ND.dtype)
         differentiable = any(t.requires_grad for t in (x_ND, w1, b1, w2, b2, gates_NK))
-        run = _SortedExperts.apply if torch.is_grad_enabled() and differentiable else _run_sorted
-        return run(x_ND, w1, b1, w2, b2, gates_NK, experts_NK, order_M, counts_E.tolist(), self.gelu)
+        counts, run = counts_E.tolist(), _run_sorted
+        if torch.is_grad_enabled() and differentiable:
+            few = _has_few_rows(counts, x_ND, w1, b1, w2, b2)
+            run = (_FewRowsExperts if few else _SortedExperts).apply
+        return run(x_ND, w1, b1, w2, b2, gates_NK, experts_NK, order_M, counts, self.gelu)
 
     def forward_slots(
         self, x_ND: Tensor, gates_NK: Tensor, slots: dispatch.Slots, expert_of_block: Tensor | None = None

@@ -1,7 +1,7 @@
 /* The kernels of an MoE layer for float32 on a CPU; compiled.py says what each computes, and compiles them.
  *
  * Three parts: what experts do to rows between their matrix products, each in one pass over memory; the router; and the
- * products themselves where an expert has few rows, as from a single image.
+ * products themselves where an expert has few rows, as from a single image or of many experts.
  *
  * Matrices are row-major, indices int64. `parts` is room for each thread's own
  * sums. Work is cut among OpenMP's threads in a fixed way, or so that the cut does not matter: as many threads give the
@@ -34,9 +34,11 @@ static inline int omp_get_num_threads(void) { return 1; }
 #endif
 #define TILE_ROWS 6
 #define TILE_COLUMNS (TILE_VECTORS * LANES)
-#define DEPTH 64           /* rows of the weight that a tile reads before it goes on to the next columns */
-#define CHUNK 1024         /* columns of the weight that a thread takes at a time, where there are enough for all */
-#define SERIAL_BELOW 8192  /* numbers; a second thread takes microseconds to wake */
+#define DEPTH 64              /* rows of the weight that a tile reads before it goes on to the next columns */
+#define STRIP (8 * TILE_ROWS) /* rows of a weight's gradient that are worked on together */
+#define OUTER_DEPTH 128       /* and of the items whose products add up to it */
+#define CHUNK 1024            /* columns of the weight that a thread takes at a time, where there are enough for all */
+#define SERIAL_BELOW 8192     /* numbers; a second thread takes microseconds to wake */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -64,6 +66,21 @@ INLINE void store_some(float *p, vec v, int64_t n) {
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
 #else
     memcpy(p, &v, n * sizeof(float));
+#endif
+}
+
+/* For what is not read again soon: memory need not be fetched first. At multiples of a vector's size; `after_past_caches`
+ * is called before another thread may read it. */
+INLINE void store_past_caches(float *p, vec v) {
+#ifdef __AVX512F__
+    _mm512_stream_ps(p, (__m512)v);
+#else
+    store(p, v);
+#endif
+}
+INLINE void after_past_caches(void) {
+#ifdef __AVX512F__
+    _mm_sfence();
 #endif
 }
 
@@ -233,6 +250,22 @@ void bias_gelu(const float *hidden, const float *bias, float *act, int64_t n, in
     }
 }
 
+/* Rows first to last of an expert: `grad`, so far with respect to GELU(hidden + bias), becomes that with respect to
+ * hidden, and goes into the sums; GELU is made again, into `act`. d columns of matrices with ld. */
+INLINE void gelu_backward_rows(const float *hidden, const float *bias, float *grad, float *act, int64_t ld, float *sums,
+                               int64_t room, int64_t first, int64_t last, int64_t d, int by_tanh) {
+    for (int64_t i = first; i < last; i++) {
+        for (int64_t j = 0; j < d; j += LANES) {
+            gelu_t g = gelu(load_up_to(hidden + i * ld + j, d - j) + load_up_to(bias + j, d - j), by_tanh);
+            vec slope = g.slope * load_up_to(grad + i * ld + j, d - j);
+            store_up_to(grad + i * ld + j, slope, d - j);
+            store_up_to(act + i * ld + j, g.value, d - j);
+            store_up_to(sums + j, load_up_to(sums + j, d - j) + slope, d - j);
+        }
+        if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(sums, room);
+    }
+}
+
 void bias_gelu_backward(const float *hidden, const float *bias, float *grad, float *act, float *grad_bias, float *parts,
                         int64_t n, int64_t d, int by_tanh, int threads) {
     int used = 1;
@@ -240,21 +273,32 @@ void bias_gelu_backward(const float *hidden, const float *bias, float *grad, flo
     {
         int64_t first, last;
         my_part(n, &first, &last);
-        float *part = clear_sums(parts, d);
 #pragma omp single nowait
         used = omp_get_num_threads();
-        for (int64_t i = first; i < last; i++) {
-            for (int64_t j = 0; j < d; j += LANES) {
-                gelu_t g = gelu(load_up_to(hidden + i * d + j, d - j) + load_up_to(bias + j, d - j), by_tanh);
-                vec slope = g.slope * load_up_to(grad + i * d + j, d - j);
-                store_up_to(grad + i * d + j, slope, d - j);
-                store_up_to(act + i * d + j, g.value, d - j);
-                store_up_to(part + j, load_up_to(part + j, d - j) + slope, d - j);
-            }
-            if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(part, d);
-        }
+        gelu_backward_rows(hidden, bias, grad, act, d, clear_sums(parts, d), d, first, last, d, by_tanh);
     }
     add_parts(parts + d, used, 2 * d, d, grad_bias);
+}
+
+/* Rows first to last of an expert, through `y_item += gate (out + bias)`: gradients with respect to `out`, which go
+ * into the sums too, and to the gates. */
+INLINE void gather_gated_rows(const float *grad, const int64_t *item, const float *gate, const float *out,
+                              const float *bias, float *grad_out, int64_t ld, float *grad_gate, float *sums,
+                              int64_t room, int64_t first, int64_t last, int64_t d) {
+    for (int64_t i = first; i < last; i++) {
+        const float *from = grad + item[i] * d, *other = out + i * ld;
+        float *to = grad_out + i * ld;
+        vec dot = {0};
+        for (int64_t j = 0; j < d; j += LANES) {
+            vec g = load_up_to(from + j, d - j);
+            dot += g * (load_up_to(other + j, d - j) + load_up_to(bias + j, d - j));
+            g *= gate[i];
+            store_up_to(to + j, g, d - j);
+            store_up_to(sums + j, load_up_to(sums + j, d - j) + g, d - j);
+        }
+        grad_gate[i] = sum(dot);
+        if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(sums, room);
+    }
 }
 
 void gather_gated(const float *grad, const int64_t *item, const float *gate, const float *out, const float *bias,
@@ -265,23 +309,10 @@ void gather_gated(const float *grad, const int64_t *item, const float *gate, con
     {
         int64_t first, last;
         my_part(n, &first, &last);
-        float *part = clear_sums(parts, d);
 #pragma omp single nowait
         used = omp_get_num_threads();
-        for (int64_t i = first; i < last; i++) {
-            const float *from = grad + item[i] * d, *other = out + i * d;
-            float *to = grad_out + i * d;
-            vec dot = {0};
-            for (int64_t j = 0; j < d; j += LANES) {
-                vec g = load_up_to(from + j, d - j);
-                dot += g * (load_up_to(other + j, d - j) + load_up_to(bias + j, d - j));
-                g *= gate[i];
-                store_up_to(to + j, g, d - j);
-                store_up_to(part + j, load_up_to(part + j, d - j) + g, d - j);
-            }
-            grad_gate[i] = sum(dot);
-            if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(part, d);
-        }
+        gather_gated_rows(grad, item, gate, out, bias, grad_out, d, grad_gate, clear_sums(parts, d), d, first,
+                          last, d);
     }
     add_parts(parts + d, used, 2 * d, d, grad_bias);
 }
@@ -501,43 +532,91 @@ void sort_by_expert(const int64_t *expert, int64_t *order, int64_t *count, int64
 
 /* ---- Products of few rows ---- */
 
-/* c (m, TILE_COLUMNS) = a (m, depth) b (depth, TILE_COLUMNS), added to what is there unless `fresh`. Reads ahead to
- * `next`, the part of b that comes after this one, so that memory and arithmetic overlap. */
-INLINE void tile(int m, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t depth,
-                 int fresh, const float *next) {
+/* c (m, TILE_COLUMNS) = a (m, depth) b (depth, TILE_COLUMNS), added to what is there unless `fresh`. The number of a in
+ * row i, column k is a[i * row + k * column]. Reads ahead `lines` vectors of each row of `next`, a part of a weight that
+ * comes after this one, so that memory and arithmetic overlap. */
+INLINE void tile(int m, const float *a, int64_t row, int64_t column, const float *b, int64_t ldb, float *c, int64_t ldc,
+                 int64_t depth, int fresh, const float *next, int64_t ldn, int lines, int past_caches) {
     vec total[TILE_ROWS][TILE_VECTORS];
     for (int i = 0; i < m; i++)
         for (int v = 0; v < TILE_VECTORS; v++) total[i][v] = fresh ? (vec){0} : load(c + i * ldc + v * LANES);
     for (int64_t k = 0; k < depth; k++) {
-        vec column[TILE_VECTORS];
-        for (int v = 0; v < TILE_VECTORS; v++) {
-            column[v] = load(b + k * ldb + v * LANES);
-            if (next) __builtin_prefetch(next + k * ldb + v * LANES, 0, 2);
-        }
+        vec of_b[TILE_VECTORS];
+        for (int v = 0; v < TILE_VECTORS; v++) of_b[v] = load(b + k * ldb + v * LANES);
+        for (int v = 0; v < lines; v++) __builtin_prefetch(next + k * ldn + v * LANES, 0, 2);
         for (int i = 0; i < m; i++)
-            for (int v = 0; v < TILE_VECTORS; v++) total[i][v] += column[v] * a[i * lda + k];
+            for (int v = 0; v < TILE_VECTORS; v++) total[i][v] += of_b[v] * a[i * row + k * column];
     }
     for (int i = 0; i < m; i++)
-        for (int v = 0; v < TILE_VECTORS; v++) store(c + i * ldc + v * LANES, total[i][v]);
+        for (int v = 0; v < TILE_VECTORS; v++)
+            if (past_caches)
+                store_past_caches(c + i * ldc + v * LANES, total[i][v]);
+            else
+                store(c + i * ldc + v * LANES, total[i][v]);
 }
 
-static void tile_of(int64_t m, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
-                    int64_t depth, int fresh, const float *next) {
+INLINE void tile_of(int64_t m, const float *a, int64_t row, int64_t column, const float *b, int64_t ldb, float *c,
+                    int64_t ldc, int64_t depth, int fresh, const float *next, int64_t ldn, int lines, int past_caches) {
     switch (m) {
-    case 1: tile(1, a, lda, b, ldb, c, ldc, depth, fresh, next); break;
-    case 2: tile(2, a, lda, b, ldb, c, ldc, depth, fresh, next); break;
-    case 3: tile(3, a, lda, b, ldb, c, ldc, depth, fresh, next); break;
-    case 4: tile(4, a, lda, b, ldb, c, ldc, depth, fresh, next); break;
-    case 5: tile(5, a, lda, b, ldb, c, ldc, depth, fresh, next); break;
-    case 6: tile(6, a, lda, b, ldb, c, ldc, depth, fresh, next); break;
+    case 1: tile(1, a, row, column, b, ldb, c, ldc, depth, fresh, next, ldn, lines, past_caches); break;
+    case 2: tile(2, a, row, column, b, ldb, c, ldc, depth, fresh, next, ldn, lines, past_caches); break;
+    case 3: tile(3, a, row, column, b, ldb, c, ldc, depth, fresh, next, ldn, lines, past_caches); break;
+    case 4: tile(4, a, row, column, b, ldb, c, ldc, depth, fresh, next, ldn, lines, past_caches); break;
+    case 5: tile(5, a, row, column, b, ldb, c, ldc, depth, fresh, next, ldn, lines, past_caches); break;
+    case 6: tile(6, a, row, column, b, ldb, c, ldc, depth, fresh, next, ldn, lines, past_caches); break;
+    }
+}
+
+#if LANES == 16
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif LANES == 8
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#endif
+#ifdef __clang__
+#define INTERLEAVE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+/* to (columns, ldt) = from (rows, columns)^T, filled up with zeros to TILE_COLUMNS rows. */
+INLINE void copy_transposed(const float *from, int64_t ldf, float *to, int64_t ldt, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < TILE_COLUMNS; i += LANES)
+        for (int64_t j = 0; j < columns; j += LANES) {
+            vec v[LANES], w[LANES];
+            for (int r = 0; r < LANES; r++)
+                v[r] = i + r < rows ? load_up_to(from + (i + r) * ldf + j, columns - j) : (vec){0};
+            for (int step = 1; step < LANES; step *= 2) { /* interleaving with what is half of all away, log times */
+                for (int r = 0; r < LANES / 2; r++) {
+                    w[2 * r] = INTERLEAVE(v[r], v[r + LANES / 2], LOW);
+                    w[2 * r + 1] = INTERLEAVE(v[r], v[r + LANES / 2], HIGH);
+                }
+                for (int r = 0; r < LANES; r++) v[r] = w[r];
+            }
+            for (int r = 0; r < LANES && j + r < columns; r++) store(to + (j + r) * ldt + i, v[r]);
+        }
+}
+
+/* c = a (n, depth) b (depth, TILE_COLUMNS), as `tile` says, for all rows; the first few groups of them read ahead. */
+INLINE void tiles(const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t n,
+                  int64_t depth, int fresh, const float *next, int64_t ldn) {
+    int64_t groups = (n + TILE_ROWS - 1) / TILE_ROWS, ahead = groups < TILE_VECTORS ? groups : TILE_VECTORS;
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t i = n * g / groups, m = n * (g + 1) / groups - i;
+        int64_t line = TILE_VECTORS * g / ahead, end = TILE_VECTORS * (g + 1) / ahead;
+        tile_of(m, a + i * lda, lda, 1, b, ldb, c + i * ldc, ldc, depth, fresh, next + line * LANES, ldn,
+                next && g < ahead ? end - line : 0, 0);
     }
 }
 
 /* c = a (n, inner) b (inner, columns first to last), for few rows n: b is read once, in the order it lies in memory.
- * c has room for whole tiles. */
+ * c has room for whole tiles, and zeros where b has no column. */
 static void few_rows(const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t n,
                      int64_t inner, int64_t first, int64_t last) {
-    int64_t groups = (n + TILE_ROWS - 1) / TILE_ROWS;
     float edge[DEPTH * TILE_COLUMNS];
     for (int64_t k = 0; k < inner; k += DEPTH) {
         int64_t depth = inner - k < DEPTH ? inner - k : DEPTH;
@@ -554,15 +633,60 @@ static void few_rows(const float *a, int64_t lda, const float *b, int64_t ldb, f
             } else if (k + 2 * DEPTH <= inner) {
                 next = b + (k + DEPTH) * ldb + first;
             }
-            for (int64_t g = 0; g < groups; g++) {
-                int64_t i = n * g / groups, m = n * (g + 1) / groups - i;
-                tile_of(m, a + i * lda + k, lda, from, stride, c + i * ldc + j, ldc, depth, k == 0, g ? NULL : next);
-            }
+            tiles(a + k, lda, from, stride, c + j, ldc, n, depth, k == 0, next, ldb);
         }
     }
 }
 
-int64_t tile_columns(void) { return TILE_COLUMNS; }
+/* The same for a b that lies transposed, (columns, inner). */
+static void few_rows_transposed(const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
+                                int64_t n, int64_t inner, int64_t first, int64_t last) {
+    float copy[DEPTH * TILE_COLUMNS];
+    for (int64_t j = first; j < last; j += TILE_COLUMNS)
+        for (int64_t k = 0; k < inner; k += DEPTH) {
+            int64_t depth = inner - k < DEPTH ? inner - k : DEPTH;
+            const float *from = b + j * ldb + k, *next = NULL;
+            if (k + 2 * DEPTH <= inner)
+                next = from + DEPTH;
+            else if (j + 2 * TILE_COLUMNS <= last)
+                next = b + (j + TILE_COLUMNS) * ldb;
+            copy_transposed(from, ldb, copy, TILE_COLUMNS, last - j, depth);
+            tiles(a + k, lda, copy, TILE_COLUMNS, c + j, ldc, n, depth, k == 0, next, ldb);
+        }
+}
+
+/* c (rows, columns) = a^T b for few rows n of a and b, of which b has room for whole tiles; row i of a is item[i], if that
+ * is given. `large`: c is a part of more than caches hold. */
+static void few_rows_outer(const float *a, const int64_t *item, int64_t lda, const float *b, int64_t ldb, float *c,
+                           int64_t ldc, int64_t n, int64_t rows, int64_t columns, int large) {
+    int past_caches = large && n <= OUTER_DEPTH && ((uintptr_t)c | ldc * sizeof(float)) % sizeof(vec) == 0;
+    float strip[OUTER_DEPTH * STRIP], edge[TILE_ROWS * TILE_COLUMNS];
+    for (int64_t i = 0; i < rows; i += STRIP)
+        for (int64_t k = 0; k < n; k += OUTER_DEPTH) {
+            int64_t depth = n - k < OUTER_DEPTH ? n - k : OUTER_DEPTH, height = rows - i < STRIP ? rows - i : STRIP;
+            for (int64_t r = 0; r < depth; r++)
+                memcpy(strip + r * STRIP, a + (item ? item[k + r] : k + r) * lda + i, height * sizeof(float));
+            for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
+                for (int64_t r = 0; r < height; r += TILE_ROWS) {
+                    int64_t m = height - r < TILE_ROWS ? height - r : TILE_ROWS, width = columns - j;
+                    float *to = c + (i + r) * ldc + j;
+                    int whole = width >= TILE_COLUMNS;
+                    if (!whole && k)
+                        for (int64_t q = 0; q < m; q++)
+                            memcpy(edge + q * TILE_COLUMNS, to + q * ldc, width * sizeof(float));
+                    tile_of(m, strip + r, 1, STRIP, b + k * ldb + j, ldb, whole ? to : edge,
+                            whole ? ldc : TILE_COLUMNS, depth, k == 0, NULL, 0, 0, whole && past_caches);
+                    if (!whole)
+                        for (int64_t q = 0; q < m; q++)
+                            memcpy(to + q * ldc, edge + q * TILE_COLUMNS, width * sizeof(float));
+                }
+        }
+    after_past_caches();
+}
+
+/* From row to row of what products of few rows write: whole tiles, and a vector more, lest the rows of a tile fall into
+ * the same few sets of a cache. */
+int64_t row_stride(int64_t columns) { return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS + LANES; }
 
 /* Columns that a thread takes at a time: whole tiles, and about two pieces of work for each thread. */
 static int64_t chunk_of(int64_t columns, int64_t experts, int threads) {
@@ -572,10 +696,9 @@ static int64_t chunk_of(int64_t columns, int64_t experts, int threads) {
 }
 
 void few_rows_experts(const float *x, const int64_t *item, const int64_t *first_row, const float *w1, const float *b1,
-                      const float *w2, float *x_rows, float *hidden, float *out, int64_t experts, int64_t d, int64_t h,
-                      int by_tanh, int threads) {
-    int64_t ldh = (h + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
-    int64_t ldo = (d + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
+                      const float *w2, float *x_rows, float *hidden, float *act, float *out, int64_t experts, int64_t d,
+                      int64_t h, int by_tanh, int threads) {
+    int64_t ldh = row_stride(h), ldo = row_stride(d);
     int64_t chunk1 = chunk_of(h, experts, threads), chunks1 = (h + chunk1 - 1) / chunk1;
     int64_t chunk2 = chunk_of(d, experts, threads), chunks2 = (d + chunk2 - 1) / chunk2;
 #pragma omp parallel num_threads(threads)
@@ -591,7 +714,7 @@ void few_rows_experts(const float *x, const int64_t *item, const int64_t *first_
             for (int64_t i = row; i < row + n; i++)
                 for (int64_t j = first; j < last; j += LANES) {
                     vec bias = load_up_to(b1 + e * h + j, last - j);
-                    store(hidden + i * ldh + j, gelu(load(hidden + i * ldh + j) + bias, by_tanh).value);
+                    store(act + i * ldh + j, gelu(load(hidden + i * ldh + j) + bias, by_tanh).value);
                 }
         }
 #pragma omp for schedule(dynamic, 1)
@@ -599,7 +722,60 @@ void few_rows_experts(const float *x, const int64_t *item, const int64_t *first_
             int64_t e = task / chunks2, first = task % chunks2 * chunk2, last = first + chunk2 < d ? first + chunk2 : d;
             int64_t row = first_row[e], n = first_row[e + 1] - row;
             if (!n) continue;
-            few_rows(hidden + row * ldh, ldh, w2 + e * h * d, d, out + row * ldo, ldo, n, h, first, last);
+            few_rows(act + row * ldh, ldh, w2 + e * h * d, d, out + row * ldo, ldo, n, h, first, last);
+        }
+    }
+}
+
+/* `grad` is that of the gated sums; `grad_rows`, `grad_hidden` and `act` are room. What comes of an expert's columns of
+ * hidden is done at once, while they are in cache; its input's gradient needs them all. `grad_x` may be `out`.
+ * `large`: the weights' gradients are more than caches hold. */
+void few_rows_experts_backward(const float *x, const float *grad, const int64_t *item, const int64_t *first_row,
+                               const float *gate, const float *w1, const float *b1, const float *w2, const float *b2,
+                               const float *hidden, const float *out, float *grad_gate, float *grad_x, float *grad_w1,
+                               float *grad_b1, float *grad_w2, float *grad_b2, float *grad_rows, float *grad_hidden,
+                               float *act, float *parts, int64_t experts, int64_t d, int64_t h, int by_tanh,
+                               int large, int threads) {
+    int64_t ldh = row_stride(h), ldo = row_stride(d), widest = d > h ? d : h;
+    int64_t chunk1 = chunk_of(h, experts, threads), chunks1 = (h + chunk1 - 1) / chunk1;
+    int64_t chunk2 = chunk_of(d, experts, threads), chunks2 = (d + chunk2 - 1) / chunk2;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t e = 0; e < experts; e++) {
+            if (first_row[e] == first_row[e + 1]) continue;
+            float *sums = clear_sums(parts, widest);
+            gather_gated_rows(grad, item, gate, out, b2 + e * d, grad_rows, ldo, grad_gate, sums, widest, first_row[e],
+                              first_row[e + 1], d);
+            memcpy(grad_b2 + e * d, sums + widest, d * sizeof(float));
+            for (int64_t i = first_row[e]; i < first_row[e + 1]; i++)
+                memset(grad_rows + i * ldo + d, 0, (ldo - d) * sizeof(float));
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < experts * chunks1; task++) {
+            int64_t e = task / chunks1, first = task % chunks1 * chunk1, last = first + chunk1 < h ? first + chunk1 : h;
+            int64_t row = first_row[e], n = first_row[e + 1] - row;
+            if (!n) continue;
+            const float *dy = grad_rows + row * ldo;
+            float *dh = grad_hidden + row * ldh, *sums = clear_sums(parts, widest);
+            few_rows_transposed(dy, ldo, w2 + e * h * d, d, dh, ldh, n, d, first, last);
+            gelu_backward_rows(hidden + row * ldh + first, b1 + e * h + first, dh + first, act + row * ldh + first, ldh,
+                               sums, widest, 0, n, last - first, by_tanh);
+            memcpy(grad_b1 + e * h + first, sums + widest, (last - first) * sizeof(float));
+            if (grad_w2)
+                few_rows_outer(act + row * ldh + first, NULL, ldh, dy, ldo, grad_w2 + (e * h + first) * d, d, n,
+                               last - first, d, large);
+            if (grad_w1)
+                few_rows_outer(x, item + row, d, dh + first, ldh, grad_w1 + e * d * h + first, h, n, d, last - first,
+                               large);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < experts * chunks2; task++) {
+            int64_t e = task / chunks2, first = task % chunks2 * chunk2, last = first + chunk2 < d ? first + chunk2 : d;
+            int64_t row = first_row[e], n = first_row[e + 1] - row;
+            if (n && grad_x)
+                few_rows_transposed(grad_hidden + row * ldh, ldh, w1 + e * d * h, h, grad_x + row * ldo, ldo, n, h,
+                                    first, last);
         }
     }
 }
