@@ -104,6 +104,11 @@ def _by_expert(*stacks: Tensor) -> list[tuple[Tensor, ...]]:
     return [stack.unbind() for stack in stacks]
 
 
+def _gather(x_ND: Tensor, item_P: Tensor) -> Tensor:
+    """The rows that the experts work on: (P, D)."""
+    return _row_ops(x_ND).gather(x_ND, item_P, x_ND.new_empty(len(item_P), x_ND.shape[1]))
+
+
 def _matmul(a: Tensor, b: Tensor, onednn: bool, out: Tensor | None = None) -> Tensor:
     """a @ b; any strides. In `out` where the library can: fresh memory costs as much as a tenth of a product."""
     if onednn:
@@ -129,18 +134,17 @@ def _weight_gradient(a: Tensor, b: Tensor, place: Tensor, room: Tensor, onednn: 
 
 
 def _forward(
-    x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, layout: _Rows, gelu: str, onednn: bool
+    x_PD: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, of_expert: list[int], gelu: str, onednn: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """GELU(x w1 + b1) w2 of each row: (P, D), and for each expert that has rows x w1: (n, H)."""
-    ops = _row_ops(x_ND, w1, b1, w2)
-    largest = max(layout.of_expert)
-    room_x, room_act = x_ND.new_empty(largest, w1.shape[1]), x_ND.new_empty(largest, w1.shape[2])
-    out_PD = x_ND.new_empty(len(layout.item_P), w1.shape[1])
+    ops = _row_ops(x_PD, w1, b1, w2)
+    room_act = x_PD.new_empty(max(of_expert), w1.shape[2])
+    out_PD = torch.empty_like(x_PD)
     hiddens = []
-    parts = zip(*(t.split(layout.of_expert) for t in (layout.item_P, out_PD)), *_by_expert(w1, b1, w2), strict=True)
-    for items, out, w1_e, b1_e, w2_e in parts:
-        if n := len(items):
-            hidden = _matmul(ops.gather(x_ND, items, room_x[:n]), w1_e, onednn)
+    parts = zip(x_PD.split(of_expert), out_PD.split(of_expert), *_by_expert(w1, b1, w2), strict=True)
+    for x, out, w1_e, b1_e, w2_e in parts:
+        if n := len(x):
+            hidden = _matmul(x, w1_e, onednn)
             act = ops.gelu(hidden, b1_e, gelu, room_act[:n])
             _matmul_into(out, act, w2_e, onednn)
             hiddens.append(hidden)
@@ -171,7 +175,7 @@ def _run_sorted(
     if few:
         out_PD, _ = compiled.few_rows(x_ND, w1, b1, w2, layout.item_P, counts, gelu, keep=False)
     else:
-        out_PD, _ = _forward(x_ND, w1, b1, w2, layout, gelu, onednn)
+        out_PD, _ = _forward(_gather(x_ND, layout.item_P), w1, b1, w2, layout.of_expert, gelu, onednn)
     return _row_ops(out_PD, gates_NK, b2).combine_gated(out_PD, layout.row_NK, gates_NK, experts_NK, b2)
 
 
@@ -183,15 +187,16 @@ class _SortedExperts(torch.autograd.Function):
     def forward(ctx, x_ND, w1, b1, w2, b2, gates_NK, experts_NK, order_M, counts, gelu):  # type: ignore[no-untyped-def]
         onednn = _use_onednn(x_ND)
         layout = _lay_out(order_M, counts, gates_NK.shape[1], onednn)
-        out_PD, hiddens = _forward(x_ND, w1, b1, w2, layout, gelu, onednn)
-        ctx.save_for_backward(x_ND, w1, b1, w2, b2, gates_NK, layout.item_P, layout.row_NK, out_PD, *hiddens)
+        x_PD = _gather(x_ND, layout.item_P)
+        out_PD, hiddens = _forward(x_PD, w1, b1, w2, layout.of_expert, gelu, onednn)
+        ctx.save_for_backward(x_PD, w1, b1, w2, b2, gates_NK, layout.item_P, layout.row_NK, out_PD, *hiddens)
         ctx.of_expert, ctx.gelu = layout.of_expert, gelu
         return _row_ops(out_PD, gates_NK, b2).combine_gated(out_PD, layout.row_NK, gates_NK, experts_NK, b2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
-        x_ND, w1, b1, w2, b2, gates_NK, item_P, row_NK, out_PD, *hiddens = ctx.saved_tensors
+        x_PD, w1, b1, w2, b2, gates_NK, item_P, row_NK, out_PD, *hiddens = ctx.saved_tensors
         need_x, *need_weights, need_gates = ctx.needs_input_grad[:6]
         graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         onednn, ops = _use_onednn(grad_ND), _row_ops(grad_ND, w1, b1, w2, b2)
@@ -202,18 +207,17 @@ class _SortedExperts(torch.autograd.Function):
         # an expert's outputs are read for the last time before its part of the input's gradient is written
         dx_PD = torch.empty_like(out_PD) if graph_is_kept else out_PD
         parts = zip(
-            *(of_all.split(ctx.of_expert) for of_all in (item_P, gates_P, dgates_P, out_PD, dx_PD)),
+            *(of_all.split(ctx.of_expert) for of_all in (item_P, x_PD, gates_P, dgates_P, out_PD, dx_PD)),
             *_by_expert(w1.transpose(1, 2), b1, w2.transpose(1, 2), b2),
             *([None] * len(ctx.of_expert) if grad is None else grad.unbind() for grad in grads),
             strict=True,
         )
         largest = max(ctx.of_expert)
-        room_x, room_dy = x_ND.new_empty(2, largest, w1.shape[1])
-        room_act = x_ND.new_empty(largest, w1.shape[2])
-        room_dact = x_ND.new_empty(0 if onednn else largest, w1.shape[2])
-        room_t = x_ND.new_empty(largest * max(w1.shape[1:]) if onednn else 0)
+        room_dy, room_act = grad_ND.new_empty(largest, w1.shape[1]), grad_ND.new_empty(largest, w1.shape[2])
+        room_dact = grad_ND.new_empty(0 if onednn else largest, w1.shape[2])
+        room_t = grad_ND.new_empty(largest * max(w1.shape[1:]) if onednn else 0)
         for part, hidden in zip((part for part in parts if len(part[0])), hiddens, strict=True):
-            items, gates, dgates, out, dx, w1_t, b1_e, w2_t, b2_e, dw1_e, db1_e, dw2_e, db2_e = part
+            items, x, gates, dgates, out, dx, w1_t, b1_e, w2_t, b2_e, dw1_e, db1_e, dw2_e, db2_e = part
             n = len(items)
             dy = ops.gather_gated(grad_ND, items, gates, out, b2_e, room_dy[:n], dgates, db2_e)
             act, dhidden = room_act[:n], _matmul(dy, w2_t, onednn, out=room_dact[:n])
@@ -221,8 +225,7 @@ class _SortedExperts(torch.autograd.Function):
             if dw2_e is not None:
                 _weight_gradient(act, dy, dw2_e, room_t, onednn, memory_is_new)
             if dw1_e is not None:
-                x_e = ops.gather(x_ND, items, room_x[:n])
-                _weight_gradient(x_e, dhidden, dw1_e, room_t, onednn, memory_is_new)
+                _weight_gradient(x, dhidden, dw1_e, room_t, onednn, memory_is_new)
             if need_x:
                 _matmul_into(dx, dhidden, w1_t, onednn)
             if onednn:
