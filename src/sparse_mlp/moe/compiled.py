@@ -29,7 +29,7 @@ from sparse_mlp.moe.eager import runs_eagerly_on_cpu
 
 _log = logging.getLogger(__name__)
 
-FEW = 128  # rows an expert, on average, up to which products of our own are faster than a library's
+FEW = 128  # rows of an expert up to which products of our own are faster than a library's
 LARGE = 2**23  # numbers of a weight's gradient, from which on it is written past the caches
 MOST_EXPERTS = 64  # beyond, a library makes the router's logits faster
 

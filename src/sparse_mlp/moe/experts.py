@@ -152,8 +152,8 @@ def _forward(
 
 
 def _has_few_rows(counts: list[int], *tensors: Tensor) -> bool:
-    """Whether `compiled` is to make the products too."""
-    return sum(counts) <= compiled.FEW * sum(n > 0 for n in counts) and compiled.serves(*tensors)
+    """Whether `compiled` is to make the products too: by how many rows an expert has, on average over the rows."""
+    return sum(n * n for n in counts) <= compiled.FEW * sum(counts) and compiled.serves(*tensors)
 
 
 def _run_sorted(

@@ -655,8 +655,8 @@ static void few_rows_transposed(const float *a, int64_t lda, const float *b, int
         }
 }
 
-/* c (rows, columns) = a^T b for few rows n of a and b, of which b has room for whole tiles; row i of a is item[i], if that
- * is given. `large`: c is a part of more than caches hold. */
+/* c (rows, columns) = a^T b for few rows n of a and b, of which b has room for whole tiles; row i of a is item[i], if
+ * that is given. `large`: c is a part of more than caches hold. */
 static void few_rows_outer(const float *a, const int64_t *item, int64_t lda, const float *b, int64_t ldb, float *c,
                            int64_t ldc, int64_t n, int64_t rows, int64_t columns, int large) {
     int past_caches = large && n <= OUTER_DEPTH && ((uintptr_t)c | ldc * sizeof(float)) % sizeof(vec) == 0;
