@@ -173,7 +173,7 @@ def test_gradients_through_products_of_few_rows(of_expert, dim, hidden_dim, thre
             y_ND.backward(torch.linspace(-1, 1, y_ND.numel(), dtype=dtype).view(y_ND.shape))
         found.append([y_ND.detach(), *(leaf.grad for leaf in leaves)])
     for ours, exact in zip(*found, strict=True):
-        torch.testing.assert_close(ours.double(), exact, atol=3e-6 * max(1, exact.abs().max()), rtol=1e-4)
+        torch.testing.assert_close(ours.double(), exact, atol=5e-6 * max(5, exact.abs().max()), rtol=1e-4)
 
 
 @needs_kernels
