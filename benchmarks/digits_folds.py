@@ -55,12 +55,17 @@ SHARED: dict[str, Callable[[Recipe], Recipe]] = {
     "weight decay 0.5": partial(weight_decay, weight_decay=0.5),
     "drop path 0.1": partial(arguments, drop_path_rate=0.1),
 }
+ONE_BLOCK = {"sparse_blocks": 1, "mlp_ratio": (0.5, 4.35), "expert_hidden": (128, 256)}
 SPARSE: dict[str, Callable[[Recipe], Recipe]] = {  # of as many multiply-adds
     "noise 0": partial(arguments, noise_std=0.0),
+    "noise 1": partial(arguments, noise_std=1.0),
     "K (2, 2), half as wide": partial(arguments, top_k=(2, 2), expert_hidden=(64, 256)),
     "no Re-represent": partial(arguments, rerepresent=False, expert_hidden=(80, 352)),
     "experts (4, 4)": partial(arguments, num_experts=(4, 4)),
-    "one sparse block": partial(arguments, sparse_blocks=1, mlp_ratio=(0.5, 4.35), expert_hidden=(128, 256)),
+    "tokens dense": partial(arguments, num_experts=(1, 4)),
+    "channels dense": partial(arguments, num_experts=(8, 1), top_k=(1, 1), expert_hidden=(128, 512)),
+    "one sparse block": partial(arguments, **ONE_BLOCK),
+    "one sparse block, noise 1": partial(arguments, **ONE_BLOCK, noise_std=1.0),
 }
 CANDIDATES = {f"mixer, {name}": ("digits_mixer", change) for name, change in SHARED.items()}
 CANDIDATES |= {f"sparse, {name}": ("digits_sparse", change) for name, change in (SHARED | SPARSE).items()}

@@ -1,7 +1,7 @@
 """Digits, given longer: Sparse-MLP and the dense Mixer of equal multiply-adds over several seeds, trained alike.
 
-    python benchmarks/digits_seeds.py --json docs/digits_seeds.json    # trains what is missing, prints the table
-    python benchmarks/digits_seeds.py --epochs 60 --plain              # the demo's own recipe instead
+    python benchmarks/digits_seeds.py --json docs/digits_seeds_240.json   # trains what is missing, prints the table
+    python benchmarks/digits_seeds.py --epochs 60 --plain                 # the demo's own recipe instead
 
 Runs lie under runs/digits_seeds and are resumed where they were stopped. The split is fixed (a third for test); a seed
 draws the weights, the order, the augmentation and the router's noise.
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=list(RECIPES), help=f"default: {' '.join(RECIPES)}")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=float, default=120)
+    parser.add_argument("--epochs", type=float, default=240)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="the demo's augmentation, no averaged weights")
     parser.add_argument("--runs", type=Path, default=Path("runs/digits_seeds"))
