@@ -139,7 +139,7 @@ def test_products_of_few_rows(of_expert: list[int], dim: int, hidden_dim: int, t
         F.gelu(x @ w1 + b1, approximate=layer.gelu) @ w2
         for x, w1, b1, w2 in zip(x_ND[item_P].split(of_expert), *weights, strict=True)
     ]
-    torch.testing.assert_close(out_PD, torch.cat(parts), atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(out_PD[:, :dim], torch.cat(parts), atol=3e-5, rtol=1e-5)
 
 
 @needs_kernels

@@ -76,6 +76,19 @@ def test_a_kept_graph_can_go_backward_again_and_a_spent_one_says_so(top_k: int) 
         y.backward()
 
 
+@pytest.mark.usefixtures("rows_of_an_expert")
+@pytest.mark.parametrize("noise_std", [0.0, 0.3])
+def test_saved_tensors_may_be_packed_anew(noise_std: float) -> None:
+    """As by hooks that offload or compress them, which keep a tensor's numbers, not its memory."""
+    layer, x = make(dim=17, hidden=21, noise_std=noise_std), torch.randn(40, 17)
+    torch.manual_seed(0)
+    expected = outputs_and_gradients(layer, layer, x)
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), torch.clone):
+        found = outputs_and_gradients(layer, layer, x)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.skipif(not eager._ONEDNN, reason="this torch has no oneDNN")
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_both_libraries_for_products_give_the_same(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:

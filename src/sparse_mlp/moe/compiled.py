@@ -148,7 +148,7 @@ def route_backward(
     x_ND: Tensor,
     weight_ED: Tensor,
     logits_NE: Tensor,
-    noisy_NE: Tensor,
+    noisy_NE: Tensor | None,
     noise_std: float,
     experts_NK: Tensor,
     grad_gates_NK: Tensor | None,
@@ -156,7 +156,7 @@ def route_backward(
     grad_x_ND: Tensor | None,
 ) -> Tensor:
     """Gradient of `route`'s gates and totals of importance and load with respect to the weight; that with respect to x
-    is added to `grad_x_ND`, if that is given."""
+    is added to `grad_x_ND`, if that is given. `noisy_NE` is None where there was no noise."""
     n, num_experts = logits_NE.shape
     grad_NE = torch.empty_like(logits_NE)
     grads = (None if grad is None else grad.contiguous() for grad in (grad_gates_NK, grad_totals))
@@ -172,7 +172,7 @@ def route_backward(
 def few_rows(
     x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, item_P: Tensor, of_expert: list[int], gelu: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """GELU(x w1 + b1) w2 of each row, of_expert[e] rows by expert e: (N, D) -> (P, D).
+    """GELU(x w1 + b1) w2 of each row, of_expert[e] rows by expert e: (N, D) -> (P, at least D), of which D count.
 
     And x w1, (P, at least H), which `few_rows_backward` asks for; without `keep` something else is written there."""
     (num_experts, dim, hidden_dim), p = w1.shape, len(item_P)
@@ -181,7 +181,7 @@ def few_rows(
     weights = (weight.contiguous() for weight in (w1, b1, w2))
     pointers = x_ND.contiguous(), item_P, _first_rows(item_P, of_expert), *weights, x_PD, hidden_PH, act_PH, out_PD
     _call("few_rows_experts", *pointers, num_experts, dim, hidden_dim, gelu == "tanh")
-    return out_PD[:, :dim], hidden_PH
+    return out_PD, hidden_PH
 
 
 def few_rows_backward(
@@ -202,10 +202,10 @@ def few_rows_backward(
 ) -> Tensor:
     """Through `y_item += gate_p (out_p + b2 of its expert)` and `few_rows`: the gates' gradient, (P,).
 
-    Writes those of the rows of x into `dx_PD`, memory `like_rows` of `out_PD` or that itself, and those of w1, b1, w2,
-    b2, where an expert has rows, into `dweights`; what is None is left out."""
+    Writes those of the rows of x into `dx_PD`, shaped as `out_PD` or that itself, and those of w1, b1, w2, b2, where an
+    expert has rows, into `dweights`; what is None is left out."""
     num_experts, dim, hidden_dim = w1.shape
-    dgate_P, dout_PD = torch.empty_like(gate_P), like_rows(out_PD)
+    dgate_P, dout_PD = torch.empty_like(gate_P), torch.empty_like(out_PD)
     dhidden_PH, act_PH = torch.empty_like(hidden_PH), torch.empty_like(hidden_PH)
     parts = gate_P.new_empty(torch.get_num_threads(), 2, max(dim, hidden_dim))
     given = x_ND.contiguous(), grad_ND.contiguous(), item_P, _first_rows(item_P, of_expert), gate_P
@@ -214,11 +214,6 @@ def few_rows_backward(
     sizes = num_experts, dim, hidden_dim, gelu == "tanh", w1.numel() >= LARGE
     _call("few_rows_experts_backward", *given, *weights, hidden_PH, out_PD, *made, *sizes)
     return dgate_P
-
-
-def like_rows(out_PD: Tensor) -> Tensor:
-    """New memory laid out as what `few_rows` returned."""
-    return out_PD.new_empty(len(out_PD), out_PD.stride(0))[:, : out_PD.shape[1]]
 
 
 def _first_rows(item_P: Tensor, of_expert: list[int]) -> Tensor:

@@ -174,6 +174,7 @@ def _run_sorted(
     layout = _lay_out(order_M, counts, gates_NK.shape[1], onednn)
     if few:
         out_PD, _ = compiled.few_rows(x_ND, w1, b1, w2, layout.item_P, counts, gelu, keep=False)
+        out_PD = out_PD[:, : x_ND.shape[1]]
     else:
         out_PD, _ = _forward(_gather(x_ND, layout.item_P), w1, b1, w2, layout.of_expert, gelu, onednn)
     return _row_ops(out_PD, gates_NK, b2).combine_gated(out_PD, layout.row_NK, gates_NK, experts_NK, b2)
@@ -247,7 +248,7 @@ class _FewRowsExperts(torch.autograd.Function):
         gates_P = gates_NK.flatten()[order_M]
         ctx.save_for_backward(x_ND, w1, b1, w2, b2, gates_P, layout.item_P, layout.row_NK, out_PD, hidden_PH)
         ctx.counts, ctx.gelu = counts, gelu
-        return compiled.combine_gated(out_PD, layout.row_NK, gates_NK, experts_NK, b2)
+        return compiled.combine_gated(out_PD[:, : x_ND.shape[1]], layout.row_NK, gates_NK, experts_NK, b2)
 
     @staticmethod
     @once_differentiable
@@ -257,16 +258,13 @@ class _FewRowsExperts(torch.autograd.Function):
         graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         grads, _ = _weight_gradients(w1, w2, need_weights, ctx.counts)
         # an expert's outputs are read for the last time before its part of the input's gradient is written
-        dx_PD = (compiled.like_rows(out_PD) if graph_is_kept else out_PD) if need_x else None
+        dx_PD = (torch.empty_like(out_PD) if graph_is_kept else out_PD) if need_x else None
         rows_in, rows_out = (item_P, ctx.counts, gates_P), (hidden_PH, out_PD)
         dgates_P = compiled.few_rows_backward(
             x_ND, grad_ND, w1, b1, w2, b2, *rows_in, *rows_out, ctx.gelu, dx_PD, grads
         )
-        dx_ND, dgates_NK = (
-            None if dx_PD is None else compiled.combine(dx_PD, row_NK),
-            dgates_P[row_NK] if need_gates else None,
-        )
-        return dx_ND, *grads, dgates_NK, None, None, None, None
+        dx_ND = None if dx_PD is None else compiled.combine(dx_PD[:, : x_ND.shape[1]], row_NK)
+        return dx_ND, *grads, dgates_P[row_NK] if need_gates else None, None, None, None, None
 
 
 def _weight_gradients(

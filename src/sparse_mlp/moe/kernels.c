@@ -69,8 +69,8 @@ INLINE void store_some(float *p, vec v, int64_t n) {
 #endif
 }
 
-/* For what is not read again soon: memory need not be fetched first. At multiples of a vector's size; `after_past_caches`
- * is called before another thread may read it. */
+/* For what is not read again soon: memory need not be fetched first. At multiples of a vector's size;
+ * `after_past_caches` is called before another thread may read it. */
 INLINE void store_past_caches(float *p, vec v) {
 #ifdef __AVX512F__
     _mm512_stream_ps(p, (__m512)v);
@@ -197,7 +197,8 @@ INLINE void my_part(int64_t n, int64_t *first, int64_t *last) {
 /* ---- What experts do to rows ---- */
 
 /* Sums over rows, one for each of d columns, go through two floors, for float32 loses what is small beside a long sum:
- * every FLOOR rows a thread moves `low` into `high`, and at the end the threads' are added. A thread's room is (2, d). */
+ * every FLOOR rows a thread moves `low` into `high`, and at the end the threads' are added. A thread has room for
+ * (2, d). */
 #define FLOOR 128
 
 INLINE float *clear_sums(float *parts, int64_t d) {
@@ -444,7 +445,7 @@ void route_backward(const float *logits, const float *noisy, float noise_std, co
         vec of_choice[k];
         for (int64_t e = 0; e < experts; e++) {
             plain[e] = load_column(logits + i * experts + e, experts, rows);
-            value[e] = noisy == logits ? plain[e] : load_column(noisy + i * experts + e, experts, rows);
+            value[e] = noisy ? load_column(noisy + i * experts + e, experts, rows) : plain[e];
             grad[e] = (vec){0};
         }
         for (int64_t c = 0; c < k; c++)
@@ -467,7 +468,7 @@ void route_backward(const float *logits, const float *noisy, float noise_std, co
             for (int64_t e = 0; e < experts; e++) mean += (p[e] *= scale) * grad_totals[e];
             for (int64_t e = 0; e < experts; e++) grad[e] += p[e] * (grad_totals[e] - mean);
         }
-        if (grad_totals && noisy != logits) {
+        if (grad_totals && noisy) {
             const float *grad_load = grad_totals + experts;
             vec threshold = {0}, moved = {0};
             for (int64_t e = 0; e < experts; e++)
@@ -533,8 +534,8 @@ void sort_by_expert(const int64_t *expert, int64_t *order, int64_t *count, int64
 /* ---- Products of few rows ---- */
 
 /* c (m, TILE_COLUMNS) = a (m, depth) b (depth, TILE_COLUMNS), added to what is there unless `fresh`. The number of a in
- * row i, column k is a[i * row + k * column]. Reads ahead `lines` vectors of each row of `next`, a part of a weight that
- * comes after this one, so that memory and arithmetic overlap. */
+ * row i, column k is a[i * row + k * column]. Reads ahead `lines` vectors of each row of `next`, a part of a weight
+ * that comes after this one, so that memory and arithmetic overlap. */
 INLINE void tile(int m, const float *a, int64_t row, int64_t column, const float *b, int64_t ldb, float *c, int64_t ldc,
                  int64_t depth, int fresh, const float *next, int64_t ldn, int lines, int past_caches) {
     vec total[TILE_ROWS][TILE_VECTORS];

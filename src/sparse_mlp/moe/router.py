@@ -50,7 +50,7 @@ class _Route(torch.autograd.Function):
     def forward(ctx, items_ND, weight, noise_NE, noise_std, top_k, sums):  # type: ignore[no-untyped-def]
         routed = compiled.route(items_ND, weight, noise_NE, noise_std, top_k, sums)
         gates_NK, experts_NK, logits_NE, noisy_NE, over_items = routed
-        ctx.save_for_backward(items_ND, weight, logits_NE, noisy_NE, experts_NK)
+        ctx.save_for_backward(items_ND, weight, logits_NE, None if noise_NE is None else noisy_NE, experts_NK)
         ctx.noise_std = noise_std
         ctx.set_materialize_grads(False)
         totals, chosen_E, entropy = (logits_NE.new_empty(0) for _ in range(3))
