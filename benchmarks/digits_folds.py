@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from sklearn.model_selection import StratifiedKFold
 
-from digits_seeds import longer
+from digits_seeds import finish, longer
 from sparse_mlp import recipes
-from sparse_mlp.cli.running import is_finished, train
+from sparse_mlp.cli.running import is_finished
 from sparse_mlp.data import sets
 from sparse_mlp.recipes import Recipe
-from sparse_mlp.report import read_run
 
 FOLDS = 5
 
@@ -36,12 +35,8 @@ def arguments(recipe: Recipe, **args: object) -> Recipe:
     return replace(recipe, model=replace(recipe.model, args=recipe.model.args | args))
 
 
-def learning_rate(recipe: Recipe, lr: float) -> Recipe:
-    return replace(recipe, optim=replace(recipe.optim, lr=lr))
-
-
-def weight_decay(recipe: Recipe, weight_decay: float) -> Recipe:
-    return replace(recipe, optim=replace(recipe.optim, weight_decay=weight_decay))
+def optim(recipe: Recipe, **changes: float) -> Recipe:
+    return replace(recipe, optim=replace(recipe.optim, **changes))
 
 
 def epochs(recipe: Recipe, times: float) -> Recipe:
@@ -51,8 +46,8 @@ def epochs(recipe: Recipe, times: float) -> Recipe:
 SHARED: dict[str, Callable[[Recipe], Recipe]] = {
     "as it is": lambda recipe: recipe,
     "twice as long": partial(epochs, times=2),
-    "lr 6e-3": partial(learning_rate, lr=6e-3),
-    "weight decay 0.5": partial(weight_decay, weight_decay=0.5),
+    "lr 6e-3": partial(optim, lr=6e-3),
+    "weight decay 0.5": partial(optim, weight_decay=0.5),
     "drop path 0.1": partial(arguments, drop_path_rate=0.1),
 }
 ONE_BLOCK = {"sparse_blocks": 1, "mlp_ratio": (0.5, 4.35), "expert_hidden": (128, 256)}
@@ -81,14 +76,9 @@ def read_fold(fold: int, root: Path, download: bool) -> tuple[sets.Split, sets.S
 
 def run(name: str, fold: int, epochs: float, folder: Path) -> float:
     base, change = CANDIDATES[name]
-    if not is_finished(folder):
-        recipe = change(longer(recipes.get(base), epochs, fold, 1, False))
-        digits = replace(sets._ARRAY_SETS["digits"], read=partial(read_fold, fold))
-        with mock.patch.dict(sets._ARRAY_SETS, digits=digits):
-            train(recipe, folder, resume=(folder / "config.json").is_file())
-    top1 = read_run(folder).top1
-    assert top1 is not None, "a finished run was evaluated"
-    return top1
+    digits = replace(sets._ARRAY_SETS["digits"], read=partial(read_fold, fold))
+    with mock.patch.dict(sets._ARRAY_SETS, digits=digits):
+        return finish(change(longer(recipes.get(base), epochs, fold, 1, False)), folder)
 
 
 def main() -> None:

@@ -37,6 +37,15 @@ def longer(recipe: Recipe, epochs: float, seed: int, threads: int, plain: bool) 
     )
 
 
+def finish(recipe: Recipe, folder: Path) -> float:
+    """Train what is missing of a run; its accuracy."""
+    if not is_finished(folder):
+        train(recipe, folder, resume=(folder / "config.json").is_file())
+    top1 = read_run(folder).top1
+    assert top1 is not None, "a finished run was evaluated"
+    return top1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=list(RECIPES), help=f"default: {' '.join(RECIPES)}")
@@ -47,17 +56,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/digits_seeds"))
     parser.add_argument("--json", type=Path, help="write the result here")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     accuracy: dict[str, list[float]] = {name: [] for name in given.recipes}
     for seed in range(given.seeds):
         for name in given.recipes:
             folder = given.runs / f"{name}-{given.epochs:g}{'-plain' if given.plain else ''}-seed{seed}"
-            if not is_finished(folder):
-                torch.set_num_threads(given.threads)
-                recipe = longer(recipes.get(name), given.epochs, seed, given.threads, given.plain)
-                train(recipe, folder, resume=(folder / "config.json").is_file())
-            top1 = read_run(folder).top1
-            assert top1 is not None, "a finished run was evaluated"
-            accuracy[name].append(top1)
+            recipe = longer(recipes.get(name), given.epochs, seed, given.threads, given.plain)
+            accuracy[name].append(finish(recipe, folder))
     print(f"{'top-1, %':15} {'mean':>6} {'std':>5}   seeds 0 to {given.seeds - 1}")
     for name, values in accuracy.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0

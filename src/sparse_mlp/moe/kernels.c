@@ -3,9 +3,9 @@
  * Three parts: what experts do to rows between their matrix products, each in one pass over memory; the router; and the
  * products themselves where an expert has few rows, as from a single image or of many experts.
  *
- * Matrices are row-major, indices int64. `parts` is room for each thread's own
- * sums. Work is cut among OpenMP's threads in a fixed way, or so that the cut does not matter: as many threads give the
- * same bits. Without AVX-512 the compiler's vectors serve, of any width.
+ * Matrices are row-major, indices int64. `parts` is room for each thread's own sums. Work is cut among OpenMP's
+ * threads in a fixed way, or so that the cut does not matter: as many threads give the same bits. Without AVX-512 the
+ * compiler's vectors serve, of any width.
  */
 
 #include <stdint.h>
@@ -197,12 +197,12 @@ INLINE void my_part(int64_t n, int64_t *first, int64_t *last) {
 /* ---- What experts do to rows ---- */
 
 /* Sums over rows, one for each of d columns, go through two floors, for float32 loses what is small beside a long sum:
- * every FLOOR rows a thread moves `low` into `high`, and at the end the threads' are added. A thread has room for
- * (2, d). */
+ * every FLOOR rows a thread moves `low` into `high`, and at the end the threads' are added. A thread has (2, d)
+ * of its room. */
 #define FLOOR 128
 
-INLINE float *clear_sums(float *parts, int64_t d) {
-    float *low = parts + omp_get_thread_num() * 2 * d;
+INLINE float *clear_sums(float *parts, int64_t room, int64_t d) {
+    float *low = parts + omp_get_thread_num() * room;
     memset(low, 0, 2 * d * sizeof(float));
     return low;
 }
@@ -241,20 +241,22 @@ void combine(const float *rows, const int64_t *row, const float *gate, const int
     }
 }
 
+INLINE void gelu_row(const float *hidden, const float *bias, float *act, int64_t d, int by_tanh) {
+    for (int64_t j = 0; j < d; j += LANES) {
+        vec x = load_up_to(hidden + j, d - j) + load_up_to(bias + j, d - j);
+        store_up_to(act + j, gelu(x, by_tanh).value, d - j);
+    }
+}
+
 void bias_gelu(const float *hidden, const float *bias, float *act, int64_t n, int64_t d, int by_tanh, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (n * d >= SERIAL_BELOW)
-    for (int64_t i = 0; i < n; i++) {
-        for (int64_t j = 0; j < d; j += LANES) {
-            vec x = load_up_to(hidden + i * d + j, d - j) + load_up_to(bias + j, d - j);
-            store_up_to(act + i * d + j, gelu(x, by_tanh).value, d - j);
-        }
-    }
+    for (int64_t i = 0; i < n; i++) gelu_row(hidden + i * d, bias, act + i * d, d, by_tanh);
 }
 
 /* Rows first to last of an expert: `grad`, so far with respect to GELU(hidden + bias), becomes that with respect to
  * hidden, and goes into the sums; GELU is made again, into `act`. d columns of matrices with ld. */
 INLINE void gelu_backward_rows(const float *hidden, const float *bias, float *grad, float *act, int64_t ld, float *sums,
-                               int64_t room, int64_t first, int64_t last, int64_t d, int by_tanh) {
+                               int64_t first, int64_t last, int64_t d, int by_tanh) {
     for (int64_t i = first; i < last; i++) {
         for (int64_t j = 0; j < d; j += LANES) {
             gelu_t g = gelu(load_up_to(hidden + i * ld + j, d - j) + load_up_to(bias + j, d - j), by_tanh);
@@ -263,7 +265,7 @@ INLINE void gelu_backward_rows(const float *hidden, const float *bias, float *gr
             store_up_to(act + i * ld + j, g.value, d - j);
             store_up_to(sums + j, load_up_to(sums + j, d - j) + slope, d - j);
         }
-        if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(sums, room);
+        if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(sums, d);
     }
 }
 
@@ -276,7 +278,7 @@ void bias_gelu_backward(const float *hidden, const float *bias, float *grad, flo
         my_part(n, &first, &last);
 #pragma omp single nowait
         used = omp_get_num_threads();
-        gelu_backward_rows(hidden, bias, grad, act, d, clear_sums(parts, d), d, first, last, d, by_tanh);
+        gelu_backward_rows(hidden, bias, grad, act, d, clear_sums(parts, 2 * d, d), first, last, d, by_tanh);
     }
     add_parts(parts + d, used, 2 * d, d, grad_bias);
 }
@@ -285,7 +287,7 @@ void bias_gelu_backward(const float *hidden, const float *bias, float *grad, flo
  * into the sums too, and to the gates. */
 INLINE void gather_gated_rows(const float *grad, const int64_t *item, const float *gate, const float *out,
                               const float *bias, float *grad_out, int64_t ld, float *grad_gate, float *sums,
-                              int64_t room, int64_t first, int64_t last, int64_t d) {
+                              int64_t first, int64_t last, int64_t d) {
     for (int64_t i = first; i < last; i++) {
         const float *from = grad + item[i] * d, *other = out + i * ld;
         float *to = grad_out + i * ld;
@@ -298,7 +300,7 @@ INLINE void gather_gated_rows(const float *grad, const int64_t *item, const floa
             store_up_to(sums + j, load_up_to(sums + j, d - j) + g, d - j);
         }
         grad_gate[i] = sum(dot);
-        if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(sums, room);
+        if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(sums, d);
     }
 }
 
@@ -312,7 +314,7 @@ void gather_gated(const float *grad, const int64_t *item, const float *gate, con
         my_part(n, &first, &last);
 #pragma omp single nowait
         used = omp_get_num_threads();
-        gather_gated_rows(grad, item, gate, out, bias, grad_out, d, grad_gate, clear_sums(parts, d), d, first,
+        gather_gated_rows(grad, item, gate, out, bias, grad_out, d, grad_gate, clear_sums(parts, 2 * d, d), first,
                           last, d);
     }
     add_parts(parts + d, used, 2 * d, d, grad_bias);
@@ -492,7 +494,7 @@ void scores_backward(const float *x, const float *w, const float *grad_logits, f
     {
         int64_t first, last;
         my_part(n, &first, &last);
-        float *part = clear_sums(parts, experts * d);
+        float *part = clear_sums(parts, 2 * experts * d, experts * d);
 #pragma omp single nowait
         used = omp_get_num_threads();
         for (int64_t i = first; i < last; i += PATCH) {
@@ -689,41 +691,50 @@ static void few_rows_outer(const float *a, const int64_t *item, int64_t lda, con
  * the same few sets of a cache. */
 int64_t row_stride(int64_t columns) { return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS + LANES; }
 
-/* Columns that a thread takes at a time: whole tiles, and about two pieces of work for each thread. */
-static int64_t chunk_of(int64_t columns, int64_t experts, int threads) {
+/* The products of all experts are cut into tasks, columns first to last of an expert with its n rows from `row` on. */
+typedef struct {
+    int64_t chunk, number;
+} tasks_t;
+typedef struct {
+    int64_t expert, row, n, first, last;
+} task_t;
+
+/* Columns that a thread takes at a time: whole tiles, and about two tasks for each thread. */
+static tasks_t tasks_of(int64_t columns, int64_t experts, int threads) {
     int64_t chunk = CHUNK;
     while (chunk >= 2 * TILE_COLUMNS && experts * ((columns + chunk - 1) / chunk) < 2 * threads) chunk /= 2;
-    return chunk;
+    return (tasks_t){chunk, experts * ((columns + chunk - 1) / chunk)};
+}
+
+INLINE task_t task_at(tasks_t tasks, int64_t index, int64_t columns, int64_t experts, const int64_t *first_row) {
+    int64_t per_expert = tasks.number / experts, e = index / per_expert, first = index % per_expert * tasks.chunk;
+    int64_t last = first + tasks.chunk < columns ? first + tasks.chunk : columns;
+    return (task_t){e, first_row[e], first_row[e + 1] - first_row[e], first, last};
 }
 
 void few_rows_experts(const float *x, const int64_t *item, const int64_t *first_row, const float *w1, const float *b1,
                       const float *w2, float *x_rows, float *hidden, float *act, float *out, int64_t experts, int64_t d,
                       int64_t h, int by_tanh, int threads) {
     int64_t ldh = row_stride(h), ldo = row_stride(d);
-    int64_t chunk1 = chunk_of(h, experts, threads), chunks1 = (h + chunk1 - 1) / chunk1;
-    int64_t chunk2 = chunk_of(d, experts, threads), chunks2 = (d + chunk2 - 1) / chunk2;
+    tasks_t over_h = tasks_of(h, experts, threads), over_d = tasks_of(d, experts, threads);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < first_row[experts]; i++) memcpy(x_rows + i * d, x + item[i] * d, d * sizeof(float));
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < experts * chunks1; task++) {
-            int64_t e = task / chunks1, first = task % chunks1 * chunk1, last = first + chunk1 < h ? first + chunk1 : h;
-            int64_t row = first_row[e], n = first_row[e + 1] - row;
-            if (!n) continue;
-            few_rows(x_rows + row * d, d, w1 + e * d * h, h, hidden + row * ldh, ldh, n, d, first, last);
-            for (int64_t i = row; i < row + n; i++)
-                for (int64_t j = first; j < last; j += LANES) {
-                    vec bias = load_up_to(b1 + e * h + j, last - j);
-                    store(act + i * ldh + j, gelu(load(hidden + i * ldh + j) + bias, by_tanh).value);
-                }
+        for (int64_t i = 0; i < over_h.number; i++) {
+            task_t t = task_at(over_h, i, h, experts, first_row);
+            if (!t.n) continue;
+            few_rows(x_rows + t.row * d, d, w1 + t.expert * d * h, h, hidden + t.row * ldh, ldh, t.n, d, t.first,
+                     t.last);
+            for (int64_t at = t.row * ldh + t.first; at < (t.row + t.n) * ldh; at += ldh)
+                gelu_row(hidden + at, b1 + t.expert * h + t.first, act + at, t.last - t.first, by_tanh);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < experts * chunks2; task++) {
-            int64_t e = task / chunks2, first = task % chunks2 * chunk2, last = first + chunk2 < d ? first + chunk2 : d;
-            int64_t row = first_row[e], n = first_row[e + 1] - row;
-            if (!n) continue;
-            few_rows(act + row * ldh, ldh, w2 + e * h * d, d, out + row * ldo, ldo, n, h, first, last);
+        for (int64_t i = 0; i < over_d.number; i++) {
+            task_t t = task_at(over_d, i, d, experts, first_row);
+            if (!t.n) continue;
+            few_rows(act + t.row * ldh, ldh, w2 + t.expert * h * d, d, out + t.row * ldo, ldo, t.n, h, t.first, t.last);
         }
     }
 }
@@ -737,46 +748,42 @@ void few_rows_experts_backward(const float *x, const float *grad, const int64_t 
                                float *grad_b1, float *grad_w2, float *grad_b2, float *grad_rows, float *grad_hidden,
                                float *act, float *parts, int64_t experts, int64_t d, int64_t h, int by_tanh,
                                int large, int threads) {
-    int64_t ldh = row_stride(h), ldo = row_stride(d), widest = d > h ? d : h;
-    int64_t chunk1 = chunk_of(h, experts, threads), chunks1 = (h + chunk1 - 1) / chunk1;
-    int64_t chunk2 = chunk_of(d, experts, threads), chunks2 = (d + chunk2 - 1) / chunk2;
+    int64_t ldh = row_stride(h), ldo = row_stride(d), room = 2 * (d > h ? d : h);
+    tasks_t over_h = tasks_of(h, experts, threads), over_d = tasks_of(d, experts, threads);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t e = 0; e < experts; e++) {
             if (first_row[e] == first_row[e + 1]) continue;
-            float *sums = clear_sums(parts, widest);
-            gather_gated_rows(grad, item, gate, out, b2 + e * d, grad_rows, ldo, grad_gate, sums, widest, first_row[e],
+            float *sums = clear_sums(parts, room, d);
+            gather_gated_rows(grad, item, gate, out, b2 + e * d, grad_rows, ldo, grad_gate, sums, first_row[e],
                               first_row[e + 1], d);
-            memcpy(grad_b2 + e * d, sums + widest, d * sizeof(float));
+            memcpy(grad_b2 + e * d, sums + d, d * sizeof(float));
             for (int64_t i = first_row[e]; i < first_row[e + 1]; i++)
                 memset(grad_rows + i * ldo + d, 0, (ldo - d) * sizeof(float));
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < experts * chunks1; task++) {
-            int64_t e = task / chunks1, first = task % chunks1 * chunk1, last = first + chunk1 < h ? first + chunk1 : h;
-            int64_t row = first_row[e], n = first_row[e + 1] - row;
-            if (!n) continue;
-            const float *dy = grad_rows + row * ldo;
-            float *dh = grad_hidden + row * ldh, *sums = clear_sums(parts, widest);
-            few_rows_transposed(dy, ldo, w2 + e * h * d, d, dh, ldh, n, d, first, last);
-            gelu_backward_rows(hidden + row * ldh + first, b1 + e * h + first, dh + first, act + row * ldh + first, ldh,
-                               sums, widest, 0, n, last - first, by_tanh);
-            memcpy(grad_b1 + e * h + first, sums + widest, (last - first) * sizeof(float));
-            if (grad_w2)
-                few_rows_outer(act + row * ldh + first, NULL, ldh, dy, ldo, grad_w2 + (e * h + first) * d, d, n,
-                               last - first, d, large);
+        for (int64_t i = 0; i < over_h.number; i++) {
+            task_t t = task_at(over_h, i, h, experts, first_row);
+            if (!t.n) continue;
+            int64_t width = t.last - t.first, at = t.row * ldh + t.first, of_h = t.expert * h + t.first;
+            const float *dy = grad_rows + t.row * ldo;
+            few_rows_transposed(dy, ldo, w2 + t.expert * h * d, d, grad_hidden + t.row * ldh, ldh, t.n, d, t.first,
+                                t.last);
+            float *sums = clear_sums(parts, room, width);
+            gelu_backward_rows(hidden + at, b1 + of_h, grad_hidden + at, act + at, ldh, sums, 0, t.n, width, by_tanh);
+            memcpy(grad_b1 + of_h, sums + width, width * sizeof(float));
+            if (grad_w2) few_rows_outer(act + at, NULL, ldh, dy, ldo, grad_w2 + of_h * d, d, t.n, width, d, large);
             if (grad_w1)
-                few_rows_outer(x, item + row, d, dh + first, ldh, grad_w1 + e * d * h + first, h, n, d, last - first,
-                               large);
+                few_rows_outer(x, item + t.row, d, grad_hidden + at, ldh, grad_w1 + t.expert * d * h + t.first, h,
+                               t.n, d, width, large);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < experts * chunks2; task++) {
-            int64_t e = task / chunks2, first = task % chunks2 * chunk2, last = first + chunk2 < d ? first + chunk2 : d;
-            int64_t row = first_row[e], n = first_row[e + 1] - row;
-            if (n && grad_x)
-                few_rows_transposed(grad_hidden + row * ldh, ldh, w1 + e * d * h, h, grad_x + row * ldo, ldo, n, h,
-                                    first, last);
+        for (int64_t i = 0; i < over_d.number; i++) {
+            task_t t = task_at(over_d, i, d, experts, first_row);
+            if (!t.n || !grad_x) continue;
+            few_rows_transposed(grad_hidden + t.row * ldh, ldh, w1 + t.expert * d * h, h, grad_x + t.row * ldo, ldo,
+                                t.n, h, t.first, t.last);
         }
     }
 }
