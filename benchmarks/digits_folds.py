@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from sklearn.model_selection import StratifiedKFold
 
-from digits_seeds import finish, longer
+from digits_seeds import AUGMENT, finish, longer
 from sparse_mlp import recipes
 from sparse_mlp.cli.running import is_finished
 from sparse_mlp.data import sets
@@ -56,14 +56,20 @@ SPARSE: dict[str, Callable[[Recipe], Recipe]] = {  # of as many multiply-adds
     "noise 1": partial(arguments, noise_std=1.0),
     "K (2, 2), half as wide": partial(arguments, top_k=(2, 2), expert_hidden=(64, 256)),
     "no Re-represent": partial(arguments, rerepresent=False, expert_hidden=(80, 352)),
+    "Re-represent of the same size": partial(arguments, rerepresent_scale=(1.0, 1.0), expert_hidden=(64, 296)),
     "experts (4, 4)": partial(arguments, num_experts=(4, 4)),
     "tokens dense": partial(arguments, num_experts=(1, 4)),
     "channels dense": partial(arguments, num_experts=(8, 1), top_k=(1, 1), expert_hidden=(128, 512)),
     "one sparse block": partial(arguments, **ONE_BLOCK),
     "one sparse block, noise 1": partial(arguments, **ONE_BLOCK, noise_std=1.0),
 }
-CANDIDATES = {f"mixer, {name}": ("digits_mixer", change) for name, change in SHARED.items()}
-CANDIDATES |= {f"sparse, {name}": ("digits_sparse", change) for name, change in (SHARED | SPARSE).items()}
+CHANGES = {"mixer": SHARED, "sparse": SHARED | SPARSE}
+CANDIDATES = {  # recipe, augmentation, change
+    f"{model}, {augment}, {name}": (f"digits_{model}", augment, change)
+    for augment in AUGMENT
+    for model, changes in CHANGES.items()
+    for name, change in changes.items()
+}
 
 
 def read_fold(fold: int, root: Path, download: bool) -> tuple[sets.Split, sets.Split, list[str]]:
@@ -75,10 +81,10 @@ def read_fold(fold: int, root: Path, download: bool) -> tuple[sets.Split, sets.S
 
 
 def run(name: str, fold: int, epochs: float, folder: Path) -> float:
-    base, change = CANDIDATES[name]
+    recipe, augment, change = CANDIDATES[name]
     digits = replace(sets._ARRAY_SETS["digits"], read=partial(read_fold, fold))
     with mock.patch.dict(sets._ARRAY_SETS, digits=digits):
-        return finish(change(longer(recipes.get(base), epochs, fold, 1, False)), folder)
+        return finish(change(longer(recipes.get(recipe), epochs, fold, 1, augment)), folder)
 
 
 def main() -> None:
