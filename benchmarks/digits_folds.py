@@ -107,10 +107,10 @@ def main() -> None:
             folder = given.runs / f"{stem}-fold{fold}"
             if is_finished(folder) or not given.finished:
                 result.setdefault(name, {})[fold] = run(name, fold, given.epochs, folder)
-    print(f"{'top-1, %':34} {'mean':>6}   folds 0 to {FOLDS - 1}")
+    print(f"{'top-1, %':42} {'mean':>6}   folds 0 to {FOLDS - 1}")
     for name, found in result.items():
         each = " ".join(f"{found[fold]:.2%}" if fold in found else "   -  " for fold in range(FOLDS))
-        print(f"{name:34} {np.mean(list(found.values())):6.2%}   {each}")
+        print(f"{name:42} {np.mean(list(found.values())):6.2%}   {each}")
     if given.json:
         given.json.write_text(json.dumps({"epochs": given.epochs, "top1": result}, indent=1) + "\n")
 
