@@ -265,6 +265,25 @@ def test_many_items_and_a_logit_that_is_not_a_number() -> None:
 
 
 @needs_kernels
+def test_far_from_where_they_bend_slopes_are_zero_and_not_subnormal() -> None:
+    """A subnormal number, below float32's tiny, costs a processor a hundred cycles; all of them were such."""
+    tiny = torch.finfo(torch.float32).tiny
+    x = torch.linspace(-40, -5, 5001).view(1, -1)
+    zero, act, slope = torch.zeros(x.shape[1]), torch.empty_like(x), torch.ones_like(x)
+    compiled.gelu_backward(x, zero, "none", slope, act, zero.clone())
+    # of the load of two experts, up to 64 standard deviations from the threshold; an item's is its column
+    weight = torch.linspace(0.1, 4, 200) * torch.tensor([[1.0], [-1.0]])
+    of_load = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    _, experts, logits, noisy, _ = compiled.route(torch.eye(200), weight, torch.zeros(200, 2), 0.125, 1, False)
+    grad = compiled.route_backward(torch.eye(200), weight, logits, noisy, 0.125, experts, None, of_load, None)
+    for found in (slope, grad):
+        assert found.abs().max() > 1e-7
+        assert found.abs().min() == 0
+    for found in (act, slope, grad):
+        assert found[found != 0].abs().min() >= tiny
+
+
+@needs_kernels
 @given(m=st.integers(0, 200), num_experts=st.integers(1, 9))
 def test_sorting_is_dispatchs(m: int, num_experts: int) -> None:
     experts_NK = torch.randint(num_experts, (m, 2))
@@ -328,6 +347,7 @@ def test_kernels_for_lesser_processors(processor: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(compiled, "_load", lambda: library)
     test_gelu_is_about_as_exact_as_torchs("none")
     test_gelu_is_about_as_exact_as_torchs("tanh")
+    test_far_from_where_they_bend_slopes_are_zero_and_not_subnormal()
     test_many_items_and_a_logit_that_is_not_a_number()
     for items in (3, 20, 100, 3000):
         test_the_layer_is_that_of_torch_in_float64(items, top_k=2, threads=1)

@@ -118,7 +118,8 @@ INLINE vec exponential(vec x) {
     p = 5.0000001201e-1f + p * r;
     p = p * r * r + r + 1.0f;
 #ifdef __AVX512F__
-    return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+    __mmask16 above = _mm512_cmp_ps_mask((__m512)x, (__m512)all(-87.0f), _CMP_NLT_UQ);
+    return (vec)_mm512_maskz_scalef_ps(above, (__m512)p, (__m512)n); /* below lie subnormal numbers, which are slow */
 #else
     p = (vec)((ivec)p + (((ivec)shifted - (ivec)all(round)) << 23));
     return choose(x < -87.0f, (vec){0}, choose(x > 88.0f, all(__builtin_inff()), p));
@@ -168,8 +169,11 @@ INLINE vec normal(vec any) {
     return choose(any < -5.4f, (vec){0}, 0.5f + x * p * reciprocal(q));
 }
 
-/* Its derivative. */
-INLINE vec normal_density(vec x) { return 0.3989422804f * exponential(-0.5f * at_most(x * x, 200.0f)); }
+/* Its derivative; 0 where that is below 4e-27, so that what is multiplied by it does not become subnormal. */
+INLINE vec normal_density(vec x) {
+    vec s = x * x;
+    return choose(s > 120.0f, (vec){0}, 0.3989422804f * exponential(-0.5f * s));
+}
 
 typedef struct {
     vec value, slope;
