@@ -109,3 +109,12 @@ def test_a_reduced_total_is_what_the_loss_is_taken_of() -> None:
         torch.testing.assert_close(layer.meter.balance_loss, whole.meter.balance_loss)
     total = halves[0].router.weight.grad + halves[1].router.weight.grad
     torch.testing.assert_close(total, whole.router.weight.grad)
+
+
+def test_far_from_the_threshold_the_loads_gradient_is_zero_and_not_subnormal() -> None:
+    """A subnormal number, below float32's tiny, costs a processor a hundred cycles."""
+    logits_NE = torch.linspace(-4, 4, 1001).view(-1, 1).requires_grad_()  # up to 32 standard deviations
+    (grad_NE,) = torch.autograd.grad(balance.load(logits_NE, torch.zeros(1001, 1), 0.125).sum(), logits_NE)
+    assert grad_NE.max() > 1
+    assert grad_NE.min() == 0
+    assert grad_NE[grad_NE != 0].min() >= torch.finfo(torch.float32).tiny

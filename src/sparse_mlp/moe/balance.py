@@ -26,7 +26,8 @@ def load(logits_NE: Tensor, threshold_N1: Tensor, noise_std: float) -> Tensor:
     The probability is 1 - Phi((t - logits_e) / noise_std), t the item's K-th largest noisy logit: a smooth stand-in
     for the number of items an expert gets (Shazeer et al. 2017, appendix A; V-MoE, appendix A).
     """
-    return torch.special.ndtr((logits_NE - threshold_N1) / noise_std).sum(0)
+    z_NE = (logits_NE - threshold_N1) / noise_std
+    return torch.special.ndtr(z_NE.clamp(-11, 11)).sum(0)  # further out densities are subnormal, which is slow on a CPU
 
 
 def expert_totals(routing: Routing, noise_std: float) -> Tensor:
