@@ -4,14 +4,17 @@
 
 float32 on a CPU, 224 px, interleaved, medians, the same weights on both sides. "bound" is the model's multiply-adds at
 the peak measured with a large square product. `--mixer` times training steps of Sparse-MLP and of its dense form beside
-timm's Mixer, in time per multiply-add. `--sizes` measures the time per pixel at several image sizes instead,
-`--train` a forward and backward pass, `--profile` prints where the time of our forward goes.
+timm's Mixer, in time per multiply-add. `--runs` times forward and backward of finished runs, with the weights they
+began with and those they ended with, on a batch of their own images. `--sizes` measures the time per pixel at several
+image sizes instead, `--train` a forward and backward pass, `--profile` prints where the time of our forward goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -23,6 +26,7 @@ import interleaved
 import published
 import sparse_mlp  # noqa: F401
 from interleaved import Row, compare, interleave, peak_gflops, print_table, ratio, settle_allocator, write_json
+from sparse_mlp import recipes
 
 WANTED = {"cycle_mlp_b1": 1.8, "cycle_mlp_b2": 1.8, "as_mlp_tiny": 1.15, "hire_mlp_tiny": 1.1, "hire_mlp_small": 1.1}
 
@@ -99,6 +103,29 @@ def against_mixer(size: str, batch: int, rounds: int, gflops: float) -> list[dic
     ]
 
 
+def steps_of_runs(folders: list[Path], rounds: int) -> list[dict[str, object]]:
+    """Each run's step before and after training, against the first run's before: a router that has become sure of
+    itself must cost no more than a new one."""
+    alternatives = {}
+    for folder in folders:
+        recipe = recipes.load(folder)
+        job = recipes.build(recipe)
+        ended = copy.deepcopy(job.task)
+        ended.backbone().load_state_dict(recipes.load_model(recipe.model, job.data.spec, folder).state_dict())
+        batch = next(iter(job.loaders.train(start_step=0, steps=1)))
+        for when, task in (("began", job.task), ("ended", ended)):
+            alternatives[f"{folder.name}, as it {when}"] = partial(step_of_task, task.train(), batch)
+    seconds = interleave(alternatives, rounds)
+    base = next(iter(alternatives))
+    threads = torch.get_num_threads()
+    return [{"run": name, "threads": threads, "step / first": ratio(seconds, name, base)} for name in alternatives]
+
+
+def step_of_task(task: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    task.zero_grad(set_to_none=True)
+    task(batch)["loss"].backward()
+
+
 @torch.inference_mode()
 def time_per_pixel(name: str, sizes: list[int], rounds: int) -> dict[int, float]:
     """Nanoseconds per pixel at each size, one image, features only."""
@@ -128,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--mixer", choices=["s16", "b16", "l16"], nargs="+", help="sizes of Sparse-MLP to time")
+    parser.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="folders of finished runs")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--sizes", type=int, nargs="+")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
@@ -146,6 +174,11 @@ def main() -> None:
             mixers = [row for size in args.mixer for row in against_mixer(size, args.batch, args.rounds, gflops)]
             print_table("Training step against timm's Mixer", mixers)
             rows += mixers
+            continue
+        if args.runs:
+            of_runs = steps_of_runs(args.runs, args.rounds)
+            print_table("Forward + backward of finished runs", of_runs)
+            rows += of_runs
             continue
         for name in args.models:
             if args.profile:
