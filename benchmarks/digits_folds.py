@@ -7,9 +7,9 @@
 Every candidate is trained on four fifths and evaluated on the fifth left out, as `digits_seeds.py` trains on all; the
 seed is the fold. Runs lie under runs/digits_folds and are resumed where they were stopped.
 
-CHOICE are the candidates of a choice that was settled when the first two recipes had been run, before the other three:
-as many of each model, all five folds, the highest accuracy wins, at a tie the lower scaled loss. (All others were
-looked at before, for Sparse-MLP alone or nearly so.)
+CHOICE are the candidates of a choice that was settled when shifts and crops had been run, and two folds of one sparse
+block, before the rest: as many of each model, all five folds, the highest accuracy wins, at a tie the lower scaled
+loss. (All others were looked at before, for Sparse-MLP alone or nearly so.)
 """
 
 from __future__ import annotations

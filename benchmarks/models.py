@@ -108,10 +108,9 @@ def steps_of_runs(folders: list[Path], rounds: int) -> list[dict[str, object]]:
     itself must cost no more than a new one."""
     alternatives = {}
     for folder in folders:
-        recipe = recipes.load(folder)
-        job = recipes.build(recipe)
+        job = recipes.build(recipes.load(folder))
         ended = copy.deepcopy(job.task)
-        ended.backbone().load_state_dict(recipes.load_model(recipe.model, job.data.spec, folder).state_dict())
+        recipes.load_weights(ended.backbone(), folder)
         batch = next(iter(job.loaders.train(start_step=0, steps=1)))
         for when, task in (("began", job.task), ("ended", ended)):
             alternatives[f"{folder.name}, as it {when}"] = partial(step_of_task, task.train(), batch)
