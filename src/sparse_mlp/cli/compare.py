@@ -14,6 +14,7 @@ from sparse_mlp.cli.running import check_resume, choose_folder, is_finished, tra
 from sparse_mlp.cli.showing import console, count_macs, count_parameters, table
 from sparse_mlp.cli.train import join_model_arguments
 from sparse_mlp.engine import check_configs
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes import Recipe
 from sparse_mlp.report import read_run, write_comparison
 
@@ -37,9 +38,9 @@ class CompareArguments:
 def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
     if not 2 <= len(names) <= 6 and "--help" not in options and "-h" not in options:
-        raise ValueError(f"compare takes two to six recipes, not {len(names)}; known: {', '.join(recipes.RECIPES)}")
+        raise UserError(f"compare takes two to six recipes, not {len(names)}; known: {', '.join(recipes.RECIPES)}")
     if len(set(names)) != len(names):
-        raise ValueError(f"a recipe is named twice: {' '.join(names)}")
+        raise UserError(f"a recipe is named twice: {' '.join(names)}")
     asked: dict[Path, Recipe] = {}
     for name in names or ["digits_sparse"]:
         default = recipes.get(name)
@@ -47,7 +48,7 @@ def run(arguments: list[str]) -> int:
         given = parse(CompareArguments, options, prog="compare", description=_DESCRIPTION, default=start)
         recipe = join_model_arguments(given.recipe, default)
         if recipe.name != default.name:
-            raise ValueError(f"--name {recipe.name} would be ignored: each run is called by its recipe; see --out")
+            raise UserError(f"--name {recipe.name} would be ignored: each run is called by its recipe; see --out")
         asked[given.out / name] = replace(recipe, name=name)
     for folder, recipe in asked.items():  # before anything is trained
         if (folder / "config.json").is_file():

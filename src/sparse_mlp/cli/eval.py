@@ -12,6 +12,7 @@ from sparse_mlp import distributed, recipes
 from sparse_mlp.cli.parse import parse, split_names
 from sparse_mlp.cli.showing import console, table
 from sparse_mlp.data import SETS, AugmentConfig, DataConfig, ImageData, build_datasets, eval_loader
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes import ModelConfig
 from sparse_mlp.recipes.recipe import Arguments
 from sparse_mlp.tasks.classify import Classify, ClassifyConfig
@@ -46,12 +47,12 @@ def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
     asks_help = "--help" in options or "-h" in options
     if len(names) != 1 and not asks_help:
-        raise ValueError(f"eval takes one run folder or model name, not {len(names)} (see sparse-mlp eval --help)")
+        raise UserError(f"eval takes one run folder or model name, not {len(names)} (see sparse-mlp eval --help)")
     target = names[0] if names else ""
     is_run = (Path(target) / "config.json").is_file() and bool(target)
     default = EvalArguments(data=_default_data(target, is_run)) if target else EvalArguments()
     if target and not is_run and not asks_help and not any(word.startswith("--data.name") for word in options):
-        raise ValueError(f"which images? a MODEL needs --data.name, one of {', '.join(SETS)} or a name of timm's")
+        raise UserError(f"which images? a MODEL needs --data.name, one of {', '.join(SETS)} or a name of timm's")
     given = parse(EvalArguments, options, prog="eval", description=_DESCRIPTION, default=default)
     if not is_run:
         given = replace(given, data=_as_published(target, given.data))
@@ -92,17 +93,15 @@ def _as_published(target: str, data: DataConfig) -> DataConfig:
 def _open(target: str, is_run: bool, given: EvalArguments, data: ImageData) -> tuple:
     if is_run:
         if given.pretrained or given.model_args:
-            raise ValueError("--pretrained and --model-args are for a MODEL; a run has its own")
+            raise UserError("--pretrained and --model-args are for a MODEL; a run has its own")
         recipe = recipes.load(target)
         trained = recipes.load_inputs(target)
         if len(trained.classes) != len(data.classes):
-            raise ValueError(
-                f"{target} knows {len(trained.classes)} classes, {given.data.name} has {len(data.classes)}"
-            )
+            raise UserError(f"{target} knows {len(trained.classes)} classes, {given.data.name} has {len(data.classes)}")
         spec = replace(data.spec, classes=trained.classes)
         return recipes.load_model(recipe.model, spec, given.checkpoint or Path(target)), recipe.task
     if given.pretrained == (given.checkpoint is not None):
-        raise ValueError(f"which weights? give either --checkpoint FILE or --pretrained for model {target}")
+        raise UserError(f"which weights? give either --checkpoint FILE or --pretrained for model {target}")
     config = ModelConfig(target, given.model_args, given.pretrained)
     if given.checkpoint is not None:
         return recipes.load_model(config, data.spec, given.checkpoint), ClassifyConfig()

@@ -15,6 +15,7 @@ from timm.models import get_pretrained_cfg
 from sparse_mlp import recipes
 from sparse_mlp.cli.parse import parse
 from sparse_mlp.cli.showing import console
+from sparse_mlp.errors import UserError
 
 _DESCRIPTION = """Write the backbone of a run, pre-training or supervised, as bare timm weights without a classifier.
 
@@ -36,7 +37,7 @@ class ExportArguments:
 def run(arguments: list[str]) -> int:
     given = parse(ExportArguments, arguments, prog="export-backbone", description=_DESCRIPTION)
     if given.target.suffix != ".safetensors":
-        raise ValueError(f"the target must end in .safetensors, got {given.target.name}")
+        raise UserError(f"the target must end in .safetensors, got {given.target.name}")
     config, spec = recipes.load_model_config(given.run), recipes.load_inputs(given.run)
     made: dict[str, Any] = {**config.args, "in_chans": spec.channels, "num_classes": 0}
     published = get_pretrained_cfg(config.name)

@@ -12,6 +12,7 @@ from sparse_mlp import recipes
 from sparse_mlp.cli.parse import split_names
 from sparse_mlp.cli.pretrained import AFTERWARDS, SOURCES, recipe_from
 from sparse_mlp.cli.running import train
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes import Recipe
 
 _RECIPE = "finetune_deit"
@@ -40,7 +41,7 @@ class FinetuneArguments:
 def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
     if len(names) > 2:
-        raise ValueError(f"finetune takes SOURCE and one recipe, not {len(names)} names ({', '.join(names)})")
+        raise UserError(f"finetune takes SOURCE and one recipe, not {len(names)} names ({', '.join(names)})")
     source, recipe = (*names, "", "")[:2]
     given = recipe_from(
         source,

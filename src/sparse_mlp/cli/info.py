@@ -15,6 +15,7 @@ from sparse_mlp import recipes
 from sparse_mlp.cli.parse import parse
 from sparse_mlp.cli.showing import console, count_macs, count_parameters, table
 from sparse_mlp.data import InputSpec
+from sparse_mlp.errors import UserError
 from sparse_mlp.moe import MoeMlp
 from sparse_mlp.recipes import ModelConfig
 from sparse_mlp.recipes.recipe import Arguments
@@ -44,7 +45,7 @@ def run(arguments: list[str]) -> int:
     for name in ("image_size", "channels", "classes"):
         value = getattr(given, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     config, spec = _resolve(given)
     model = recipes.build_model(config, spec)
     macs = count_macs(model, spec.channels, spec.image_size)
@@ -64,7 +65,7 @@ def run(arguments: list[str]) -> int:
 def _resolve(given: InfoArguments) -> tuple[ModelConfig, InputSpec]:
     if Path(given.model).is_dir():
         if given.args or given.image_size or given.channels or given.classes:
-            raise ValueError(f"{given.model} is a run folder: its model is shown as it was trained, without options")
+            raise UserError(f"{given.model} is a run folder: its model is shown as it was trained, without options")
         model = recipes.load(given.model).model
         return replace(model, pretrained=False, weights=None), recipes.load_inputs(given.model)
     recipes.check_model_name(given.model)

@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sparse_mlp.errors import UserError
+
 COMMANDS = {
     "train": "train a model by a recipe, into a run folder with metrics, checkpoints and a report",
     "pretrain": "pre-train a backbone by MoCo v3, without labels",
@@ -73,7 +75,7 @@ def _dispatch(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=2)
-        raise ValueError(
+        raise UserError(
             f"unknown command {name!r}; " + (f"nearest: {', '.join(near)}" if near else "see sparse-mlp --help")
         )
     module = importlib.import_module(f"sparse_mlp.cli.{name.replace('-', '_')}")

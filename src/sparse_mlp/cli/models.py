@@ -13,6 +13,7 @@ from timm.models import get_pretrained_cfg
 
 from sparse_mlp.cli.parse import parse
 from sparse_mlp.cli.showing import console, count_parameters, table
+from sparse_mlp.errors import UserError
 from sparse_mlp.models import registered_names
 
 
@@ -33,7 +34,7 @@ def run(arguments: list[str]) -> int:
     names = timm.list_models(pattern) if given.all else ours
     if not names:
         where = "" if given.all else "; --all looks through timm's too"
-        raise ValueError(f"no model name fits {given.filter!r}{where}")
+        raise UserError(f"no model name fits {given.filter!r}{where}")
     out = console()
     if given.all:
         out.print("\n".join(names), markup=False)

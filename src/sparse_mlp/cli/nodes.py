@@ -23,6 +23,7 @@ from sparse_mlp.data.graph_files import NAMES
 from sparse_mlp.data.graphs import Graph, eval_batches, feature_rows, rows_sum_to_one
 from sparse_mlp.engine import RunFolder, Trainer
 from sparse_mlp.engine.run import write_json
+from sparse_mlp.errors import UserError
 from sparse_mlp.models.graph_mlp import GraphMlp
 from sparse_mlp.recipes.graphs import NodeRecipe, build_network, build_nodes, load_nodes, node_recipe
 from sparse_mlp.recipes.recipe import decode, to_json
@@ -65,10 +66,10 @@ def run(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> None:
     names, options = split_names(arguments)
     if len(names) > 1:
-        raise ValueError(f"nodes train takes one graph, not {len(names)} ({', '.join(names)})")
+        raise UserError(f"nodes train takes one graph, not {len(names)} ({', '.join(names)})")
     resuming = any(word == "--resume" or word.startswith("--resume=") for word in options)
     if bool(names) == resuming and "--help" not in options and "-h" not in options:
-        raise ValueError(f"which graph? sparse-mlp nodes train GRAPH, one of {', '.join(NAMES)} or a folder")
+        raise UserError(f"which graph? sparse-mlp nodes train GRAPH, one of {', '.join(NAMES)} or a folder")
     start = TrainArguments(recipe=node_recipe(names[0]) if names else NodeRecipe())
     given = parse(TrainArguments, options, prog="nodes train", description=_HELP, default=start)
     if given.resume is None:
@@ -78,13 +79,13 @@ def _train(arguments: list[str]) -> None:
     start = TrainArguments(resume=given.resume, recipe=stored)
     given = parse(TrainArguments, options, prog="nodes train", description=_HELP, default=start)
     if given.out is not None:
-        raise ValueError(f"--out {given.out} would be ignored: --resume goes on in {given.resume}")
+        raise UserError(f"--out {given.out} would be ignored: --resume goes on in {given.resume}")
     before, after = to_json(stored), to_json(given.recipe)  # type: ignore[arg-type]
     for values in (before, after):
         for name in _FREE:
             values["train"].pop(name)
     if before != after:
-        raise ValueError(f"{given.resume} cannot be resumed with another configuration than it began with")
+        raise UserError(f"{given.resume} cannot be resumed with another configuration than it began with")
     assert given.resume is not None
     _run(given.recipe, given.resume, resume=True)
 
@@ -137,7 +138,7 @@ def _eval(arguments: list[str]) -> None:
 def _predict(arguments: list[str]) -> None:
     names, options = split_names(arguments)
     if len(names) != 2 and "--help" not in options:
-        raise ValueError(
+        raise UserError(
             "nodes predict takes a run folder and a file of features: sparse-mlp nodes predict RUN FEATURES"
         )
     given = parse(PredictArguments, options, prog="nodes predict", description=_HELP, default=PredictArguments())
@@ -166,15 +167,15 @@ def _read_features(path: Path, width: int) -> sp.csr_matrix | np.ndarray:
         elif path.suffix == ".csv":
             features = np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2)
         else:
-            raise ValueError("features are read from .npy, .npz (scipy.sparse.save_npz) and .csv")
+            raise UserError("features are read from .npy, .npz (scipy.sparse.save_npz) and .csv")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file of features {path}") from None
     except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     if features.ndim != 2 or features.shape[1] != width:
-        raise ValueError(f"{path}: features of shape {features.shape}, but the run was trained on {width} a node")
+        raise UserError(f"{path}: features of shape {features.shape}, but the run was trained on {width} a node")
     if not np.isfinite(features.data if sp.issparse(features) else features).all():
-        raise ValueError(f"{path}: features are NaN or infinite")
+        raise UserError(f"{path}: features are NaN or infinite")
     return features
 
 
@@ -183,7 +184,7 @@ def _stored(folder: Path) -> NodeRecipe:
     try:
         return decode(NodeRecipe, run.config())
     except ValueError as error:
-        raise ValueError(f"{run.config_path}: not a run on a graph: {error}") from error
+        raise UserError(f"{run.config_path}: not a run on a graph: {error}") from error
 
 
 def _read_inputs(run: RunFolder) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def _network(run: RunFolder, recipe: NodeRecipe) -> GraphMlp:
 
 def _one(arguments: list[str], action: str, what: str) -> str:
     if len(arguments) != 1:
-        raise ValueError(f"nodes {action} takes one argument: sparse-mlp nodes {action} {what}")
+        raise UserError(f"nodes {action} takes one argument: sparse-mlp nodes {action} {what}")
     return arguments[0]
 
 

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from sparse_mlp.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -28,7 +30,7 @@ def parse(kind: type[T], arguments: Sequence[str], *, prog: str, description: st
     except SystemExit as leaving:
         if not leaving.code:
             raise
-        raise ValueError(_one_line(errors.getvalue(), prog)) from None
+        raise UserError(_one_line(errors.getvalue(), prog)) from None
     finally:
         if not sys.exc_info()[0]:
             sys.stderr.write(errors.getvalue())
@@ -50,7 +52,7 @@ def run_action(
     if arguments[0] not in actions:
         near = difflib.get_close_matches(arguments[0], actions, 1)
         hint = f"; nearest: {near[0]}" if near else ""
-        raise ValueError(f"unknown action {arguments[0]!r} of {command}; allowed are {', '.join(actions)}{hint}")
+        raise UserError(f"unknown action {arguments[0]!r} of {command}; allowed are {', '.join(actions)}{hint}")
     actions[arguments[0]](arguments[1:])
     return 0
 
@@ -63,7 +65,7 @@ def option(options: Sequence[str], name: str) -> str | None:
     found = [word.removeprefix(f"--{name}=") for word in options if word.startswith(f"--{name}=")]
     found += [after for word, after in pairwise(options) if word == f"--{name}"]
     if len(found) > 1:
-        raise ValueError(f"--{name} takes one value, not {len(found)} ({', '.join(found)})")
+        raise UserError(f"--{name} takes one value, not {len(found)} ({', '.join(found)})")
     return found[0] if found and not found[0].startswith("--") else None
 
 

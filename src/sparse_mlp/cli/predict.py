@@ -16,6 +16,7 @@ from sparse_mlp import recipes
 from sparse_mlp.cli.parse import parse
 from sparse_mlp.cli.showing import console, table
 from sparse_mlp.data import BadImageError, InputSpec, read_image
+from sparse_mlp.errors import UserError
 
 _BATCH = 64
 
@@ -39,9 +40,9 @@ def run(arguments: list[str]) -> int:
     description = "Classify image files with a trained run: the likeliest classes of each and their probabilities."
     given = parse(PredictArguments, arguments, prog="predict", description=description)
     if given.top < 1:
-        raise ValueError(f"--top {given.top} must be at least 1")
+        raise UserError(f"--top {given.top} must be at least 1")
     if not given.images:
-        raise ValueError("no image given: sparse-mlp predict RUN IMAGE...")
+        raise UserError("no image given: sparse-mlp predict RUN IMAGE...")
     files = [file for pattern in given.images for file in _find(pattern)]
     spec = recipes.load_inputs(given.run)
     model = recipes.load_model(recipes.load(given.run).model, spec, given.checkpoint or given.run)

@@ -17,6 +17,7 @@ from sparse_mlp.cli.showing import console, count_macs
 from sparse_mlp.cli.train import join_model_arguments, resumed_folder
 from sparse_mlp.data import ImageData
 from sparse_mlp.engine import Evaluation, RunFolder
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes import load_weights
 from sparse_mlp.recipes.pretrain import (
     PRETRAIN_RECIPES,
@@ -64,10 +65,10 @@ class PretrainArguments:
 def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
     if len(names) > 1:
-        raise ValueError(f"pretrain takes one recipe, not {len(names)} ({', '.join(names)})")
+        raise UserError(f"pretrain takes one recipe, not {len(names)} ({', '.join(names)})")
     resumed = resumed_folder(options)
     if not names and not resumed and "--help" not in options and "-h" not in options:
-        raise ValueError(f"which recipe? sparse-mlp pretrain RECIPE, with one of {', '.join(PRETRAIN_RECIPES)}")
+        raise UserError(f"which recipe? sparse-mlp pretrain RECIPE, with one of {', '.join(PRETRAIN_RECIPES)}")
     stored = load_pretraining(resumed) if resumed else None
     default = get_pretraining(names[0]) if names else stored or PretrainRecipe()
     start = PretrainArguments(recipe=default)
@@ -75,7 +76,7 @@ def run(arguments: list[str]) -> int:
     recipe = resolve(join_model_arguments(given.recipe, default))
     if resumed and stored:
         if given.out is not None:
-            raise ValueError(f"--out {given.out} would be ignored: --resume goes on in {resumed}")
+            raise UserError(f"--out {given.out} would be ignored: --resume goes on in {resumed}")
         check_resume(resumed, stored, recipe)
     train(recipe, resumed or given.out, resume=resumed is not None, build=build_pretraining, finish=finish)
     return 0

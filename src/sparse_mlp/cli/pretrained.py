@@ -11,6 +11,7 @@ from sparse_mlp import recipes
 from sparse_mlp.cli.parse import option, parse
 from sparse_mlp.cli.train import join_model_arguments
 from sparse_mlp.data import DataConfig
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes import ModelConfig, Recipe
 
 SOURCES = """SOURCE is a run folder, pre-training or supervised, or a file of weights (.safetensors, .pth, a checkpoint
@@ -34,9 +35,9 @@ def recipe_from(
     default = _begin_with(source, recipe, options, own_data) if source else recipe
     given = parse(kind, options, prog=prog, description=description, default=kind(recipe=default))
     if not source:
-        raise ValueError(f"which SOURCE? {prog} takes a run folder or a file of weights")
+        raise UserError(f"which SOURCE? {prog} takes a run folder or a file of weights")
     if given.recipe.model.weights != default.model.weights or given.recipe.model.pretrained:
-        raise ValueError(f"--model.weights and --model.pretrained do not go with SOURCE {source}, which has its own")
+        raise UserError(f"--model.weights and --model.pretrained do not go with SOURCE {source}, which has its own")
     made = join_model_arguments(given.recipe, default)
     return replace(given, recipe=made if option(options, "optim.lr") else _scale_rates(made, default))
 
@@ -51,9 +52,9 @@ def _begin_with(source: str, recipe: Recipe, options: Sequence[str], own_data: b
             recipe = replace(recipe, data=_images_of(path, recipe.data))
     elif path.is_file():
         if name is None:
-            raise ValueError(f"which model are the weights in {source} of? --model.name NAME")
+            raise UserError(f"which model are the weights in {source} of? --model.name NAME")
         if own_data and data is None:
-            raise ValueError(f"on which images? {source} is a file of weights and does not tell: --data.name SET")
+            raise UserError(f"on which images? {source} is a file of weights and does not tell: --data.name SET")
         model = ModelConfig(name, regular)
     else:
         raise FileNotFoundError(f"there is no run folder and no file of weights {source}")

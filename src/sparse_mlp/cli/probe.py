@@ -17,6 +17,7 @@ from sparse_mlp.cli.running import train
 from sparse_mlp.cli.showing import console, table
 from sparse_mlp.data import AugmentConfig, build_datasets, eval_loader
 from sparse_mlp.engine.run import write_json
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes import Recipe
 from sparse_mlp.report import read_run
 from sparse_mlp.tasks import knn_accuracy
@@ -59,7 +60,7 @@ class ProbeArguments:
 def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
     if len(names) > 1:
-        raise ValueError(f"probe takes one SOURCE, not {len(names)} ({', '.join(names)})")
+        raise UserError(f"probe takes one SOURCE, not {len(names)} ({', '.join(names)})")
     given: ProbeArguments = recipe_from(
         (*names, "")[0],
         recipes.get("linear_probe"),
@@ -106,7 +107,7 @@ def _check_used(kind: str, options: Sequence[str]) -> None:
     else:
         ignored = [word for word in given if kind == "linear" and word in _OF_KNN]
     if ignored:
-        raise ValueError(f"{ignored[0]} would be ignored by --kind {kind}")
+        raise UserError(f"{ignored[0]} would be ignored by --kind {kind}")
 
 
 def _show(kind: str, out: Path | None, found: dict[str, dict[str, float]]) -> None:

@@ -16,6 +16,7 @@ from sparse_mlp.cli.showing import console, write_run_report
 from sparse_mlp.data import ImageData
 from sparse_mlp.engine import FREE_ON_RESUME, Evaluation, RunFolder, Trainer
 from sparse_mlp.engine.run import naming
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes import Recipe
 
 # Fields that the weights do not depend on: they may change when a run is resumed.
@@ -67,7 +68,7 @@ def check_resume(folder: Path, stored: Any, asked: Any) -> None:
     changed = {name: values for name, values in recipes.differences(stored, asked).items() if name not in FREE}
     if changed:
         listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in list(changed.items())[:5])
-        raise ValueError(f"{folder} cannot be resumed with another configuration: {listed}")
+        raise UserError(f"{folder} cannot be resumed with another configuration: {listed}")
 
 
 def choose_folder(name: str, folder: Path | None, resume: bool) -> Path:

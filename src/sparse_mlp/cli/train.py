@@ -11,6 +11,7 @@ import tyro
 from sparse_mlp import recipes
 from sparse_mlp.cli.parse import option, parse, split_names
 from sparse_mlp.cli.running import check_resume, train
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes import Recipe
 
 R = TypeVar("R", bound=Any)
@@ -43,16 +44,16 @@ class TrainArguments:
 def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
     if len(names) > 1:
-        raise ValueError(f"train takes one recipe, not {len(names)} ({', '.join(names)}); compare takes several")
+        raise UserError(f"train takes one recipe, not {len(names)} ({', '.join(names)}); compare takes several")
     resumed = resumed_folder(options)
     if not names and not resumed and not {"-h", "--help"} & set(options):
-        raise ValueError(f"which recipe? sparse-mlp train RECIPE, with one of {', '.join(recipes.RECIPES)}")
+        raise UserError(f"which recipe? sparse-mlp train RECIPE, with one of {', '.join(recipes.RECIPES)}")
     stored = recipes.load(resumed) if resumed else None
     default = recipes.get(names[0]) if names else stored
     given = parse_recipe(options, default)
     if resumed and stored:
         if given.out is not None:
-            raise ValueError(f"--out {given.out} would be ignored: --resume goes on in {resumed}")
+            raise UserError(f"--out {given.out} would be ignored: --resume goes on in {resumed}")
         check_resume(resumed, stored, given.recipe)
         train(given.recipe, resumed, resume=True)
         return 0

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparse_mlp.data.config import AugmentConfig, DataConfig
 from sparse_mlp.data.randomness import seed_generators
+from sparse_mlp.errors import UserError
 
 # Columns of the table of uniform draws that BatchAugment consumes, one row an image.
 _X, _Y, _FLIP, _ANGLE, _AREA, _RATIO, _POLICY, _ERASE, _ERASE_AREA, _ERASE_RATIO, _ERASE_X, _ERASE_Y = range(12)
@@ -51,11 +52,11 @@ class BatchAugment:
     def __init__(self, config: AugmentConfig, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         """Raises ValueError for settings that do not go together or that sets in memory do not know."""
         if config.pad and config.crop_scale != (1.0, 1.0):
-            raise ValueError("augment.pad and augment.crop_scale both crop; set one of them")
+            raise UserError("augment.pad and augment.crop_scale both crop; set one of them")
         if config.color_jitter:
-            raise ValueError("augment.color_jitter is for folder and timm sets; sets in memory take auto_augment")
+            raise UserError("augment.color_jitter is for folder and timm sets; sets in memory take auto_augment")
         if config.auto_augment and len(mean) != 3:
-            raise ValueError("augment.auto_augment needs colour images; leave it out for grey ones")
+            raise UserError("augment.auto_augment needs colour images; leave it out for grey ones")
         self.config, self.image_size, self.mean, self.std = config, image_size, mean, std
         self.policy = _policy(config.auto_augment, image_size, mean) if config.auto_augment else None
 
@@ -133,7 +134,7 @@ def _policy(name: str, image_size: int, mean: Sequence[float]) -> Callable[[Imag
     try:
         return _keep_a_bit(maker(name, settings))
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"augment.auto_augment {name!r} is no policy of timm's; examples: rand-m9-mstd0.5-inc1, original, v0, 3a"
         ) from error
 
@@ -160,9 +161,9 @@ def train_transform(
     """timm's training transform for images read one by one; ValueError for options that only sets in memory know."""
     for option, value in (("pad", augment.pad), ("rotate", augment.rotate)):
         if value:
-            raise ValueError(f"augment.{option} is for sets in memory (digits, cifar...); {data.name} has crop_scale")
+            raise UserError(f"augment.{option} is for sets in memory (digits, cifar...); {data.name} has crop_scale")
     if augment.color_jitter and augment.auto_augment:
-        raise ValueError("augment.color_jitter is not used together with augment.auto_augment; set one of them")
+        raise UserError("augment.color_jitter is not used together with augment.auto_augment; set one of them")
     if augment.auto_augment:
         _policy(augment.auto_augment, image_size, mean)
     transform = create_transform(

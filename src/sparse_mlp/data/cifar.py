@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from sparse_mlp.errors import UserError
+
 Split = tuple[np.ndarray, np.ndarray]
 """Images (N, 3, 32, 32) uint8 and labels (N,)."""
 
@@ -83,7 +85,7 @@ def rebuild_official(root: Path, out: Path) -> list[Path]:
     """
     (train, train_labels), (test, test_labels), _ = read_cifar10(root, download=False)
     if len(train) != 50_000:
-        raise ValueError(f"{root} holds {len(train):,} of the 50,000 training images; the official files need all")
+        raise UserError(f"{root} holds {len(train):,} of the 50,000 training images; the official files need all")
     images, labels = np.concatenate((train, test)), np.concatenate((train_labels, test_labels))
     names = lzma.decompress((root / "filenames.txt.xz").read_bytes()).split(b"\n")
     md5 = dict([*CIFAR10.train_list, *CIFAR10.test_list])
@@ -121,7 +123,7 @@ def _read_strips(archives: list[Path]) -> np.ndarray:
 def _write_checked(path: Path, content: bytes, md5: str) -> Path:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
-        raise ValueError(f"{path.name} would have md5 {found}, the official one is {md5}: the source files are damaged")
+        raise UserError(f"{path.name} would have md5 {found}, the official one is {md5}: the source files are damaged")
     path.write_bytes(content)
     return path
 

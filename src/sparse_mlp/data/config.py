@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from sparse_mlp.errors import UserError
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -145,11 +147,11 @@ def _between(name: str, value: float | None, least: float, most: float, *, open_
     if value is None or (math.isfinite(value) and least <= value <= most and not (open_below and value == least)):
         return
     low = f"above {least}" if open_below else f"at least {least}"
-    raise ValueError(f"{name} {value} must be {low}" + (f" and at most {most}" if most < math.inf else ""))
+    raise UserError(f"{name} {value} must be {low}" + (f" and at most {most}" if most < math.inf else ""))
 
 
 def _rising(name: str, values: Iterable[float], most: float) -> None:
     low, high = values
     if not 0 < low <= high <= most or not math.isfinite(high):
         limit = f" <= {most}" if most < math.inf else ""
-        raise ValueError(f"{name} {low} {high} must be two numbers with 0 < first <= second{limit}")
+        raise UserError(f"{name} {low} {high} must be two numbers with 0 < first <= second{limit}")

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from sparse_mlp.data.images import read_image
+from sparse_mlp.errors import UserError
 
 _TEST_NAMES = ("val", "valid", "validation", "test")
 
@@ -40,7 +41,7 @@ def read_folder(root: Path, channels: int, test_share: float | None) -> tuple[Fo
         )
     if (root / "train").is_dir():
         if test_share is not None:
-            raise ValueError(f"data.test_share {test_share} would be ignored: {root} has a train/ folder")
+            raise UserError(f"data.test_share {test_share} would be ignored: {root} has a train/ folder")
         tests = [root / name for name in _TEST_NAMES if (root / name).is_dir()]
         if not tests:
             raise FileNotFoundError(
@@ -51,7 +52,7 @@ def read_folder(root: Path, channels: int, test_share: float | None) -> tuple[Fo
         if classes != test_classes:
             lacking = [f"{n!r} is not in {tests[0].name}/" for n in classes if n not in test_classes]
             lacking += [f"{n!r} is not in train/" for n in test_classes if n not in classes]
-            raise ValueError(f"the class folders of {root} differ: {'; '.join(lacking[:5])}")
+            raise UserError(f"the class folders of {root} differ: {'; '.join(lacking[:5])}")
     else:
         images, classes = _list_images(root)
         train, test = _split(images, root, len(classes), 0.2 if test_share is None else test_share)
@@ -77,14 +78,14 @@ def _split(
 ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Give the share of each class whose names hash lowest to the test set: an added image moves few others."""
     if not 0 < test_share < 1:
-        raise ValueError(f"data.test_share {test_share} must lie between 0 and 1")
+        raise UserError(f"data.test_share {test_share} must lie between 0 and 1")
     per_class: list[list[str]] = [[] for _ in range(classes)]
     for path, label in samples:
         per_class[label].append(path)
     chosen = set()
     for paths in per_class:
         if len(paths) < 2:
-            raise ValueError(f"a class needs two images to be split into train and test; {paths[0]} is alone")
+            raise UserError(f"a class needs two images to be split into train and test; {paths[0]} is alone")
         names = {path: Path(path).relative_to(root).as_posix().encode() for path in paths}
         ranked = sorted(paths, key=lambda path: hashlib.blake2b(names[path]).digest())
         chosen.update(ranked[: min(max(1, round(test_share * len(paths))), len(paths) - 1)])

@@ -18,6 +18,7 @@ import torch
 
 from sparse_mlp.data.graphs import Graph, from_arrays, random_split
 from sparse_mlp.data.planetoid import read_planetoid
+from sparse_mlp.errors import UserError
 
 __all__ = ["NAMES", "from_data", "load_graph"]
 
@@ -49,7 +50,7 @@ def load_graph(
         return _planetoid(path.parent, name, split_seed, row_normalize)
     folder = Path(source)
     if root is not None and folder.exists():
-        raise ValueError(f"root {root} would be ignored: {source} is a folder or file, not a named graph")
+        raise UserError(f"root {root} would be ignored: {source} is a folder or file, not a named graph")
     if not folder.exists():
         near = difflib.get_close_matches(source.lower(), NAMES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -95,7 +96,7 @@ def _split(graph: Graph, seed: int) -> Graph:
     if not graph.splits:
         return random_split(graph, seed)
     if seed:
-        raise ValueError(f"split_seed {seed} would be ignored: {graph.name} brings its split")
+        raise UserError(f"split_seed {seed} would be ignored: {graph.name} brings its split")
     return graph
 
 
@@ -107,7 +108,7 @@ def _read_npz(path: Path, name: str, row_normalize: bool | None) -> Graph:
         adjacency = _csr(parts, "adj").tocoo()
         labels = parts["labels"].astype(np.int64)
     except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a graph of adj_*, attr_* and labels: {error}") from error
+        raise UserError(f"{path}: not a graph of adj_*, attr_* and labels: {error}") from error
     if name in ("cs", "physics") or "ms_academic" in name:
         features.data[:] = 1  # word counts; torch_geometric's Coauthor does the same
     edges = np.stack([adjacency.row, adjacency.col])
@@ -125,7 +126,7 @@ def _read_saved(path: Path, split_seed: int, row_normalize: bool) -> Graph:
     try:
         from torch_geometric.data import data, storage
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: reading a saved Data needs torch_geometric: pip install 'sparse-mlp[graph]'"
         ) from error
     try:
@@ -137,7 +138,7 @@ def _read_saved(path: Path, split_seed: int, row_normalize: bool) -> Graph:
             r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)
         )  # torch's own advice is to trust it
         why = f"it names {named[1]}, which no graph needs" if named else str(error).splitlines()[0]
-        raise ValueError(f"{path}: refused: {why}") from error
+        raise UserError(f"{path}: refused: {why}") from error
     if isinstance(saved, tuple):  # torch_geometric's InMemoryDataset: (data or its dict, slices, class)
         saved = saved[0]
     return from_data(saved, path.parent.name, row_normalize=row_normalize, split_seed=split_seed)
@@ -151,20 +152,20 @@ def from_data(data: Any, name: str = "graph", *, row_normalize: bool = False, sp
     get = data.get if isinstance(data, dict) else lambda key: getattr(data, key, None)
     x, edge_index, y = (get(key) for key in ("x", "edge_index", "y"))
     if x is None or edge_index is None or y is None:
-        raise ValueError(f"{name}: a graph needs x, edge_index and y")
+        raise UserError(f"{name}: a graph needs x, edge_index and y")
     if edge_index.is_floating_point():
-        raise ValueError(f"{name}: edge_index holds node ids, but is of type {edge_index.dtype}")
+        raise UserError(f"{name}: edge_index holds node ids, but is of type {edge_index.dtype}")
     splits, columns = {}, 0
     for split in ("train", "val", "test"):
         mask = get(f"{split}_mask")
         if mask is None:
             continue
         if len(mask) != x.shape[0]:
-            raise ValueError(f"{name}: {split}_mask has {len(mask)} entries for the features of {x.shape[0]} nodes")
+            raise UserError(f"{name}: {split}_mask has {len(mask)} entries for the features of {x.shape[0]} nodes")
         if mask.ndim == 2:  # several splits, one a column
             columns = mask.shape[1]
             if not 0 <= split_seed < columns:
-                raise ValueError(
+                raise UserError(
                     f"{name}: split_seed {split_seed} given, but {split}_mask has columns 0 to {columns - 1}"
                 )
             mask = mask[:, split_seed]
@@ -182,7 +183,7 @@ def _read_ogb(raw: Path, folder: Path, split_seed: int, row_normalize: bool) -> 
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file") from None
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
 
     splits = {}
     for split, stem in (("train", "train"), ("val", "valid"), ("test", "test")):

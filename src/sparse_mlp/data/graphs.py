@@ -12,6 +12,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from sparse_mlp.errors import UserError
+
 __all__ = [
     "Graph",
     "NodeBatches",
@@ -71,19 +73,19 @@ def from_arrays(
     """
     nodes = features.shape[0]
     if features.ndim != 2 or nodes == 0 or features.shape[1] == 0:
-        raise ValueError(f"{name}: the graph is empty: features of shape {tuple(features.shape)}")
+        raise UserError(f"{name}: the graph is empty: features of shape {tuple(features.shape)}")
     if len(labels) != nodes:
-        raise ValueError(f"{name}: {len(labels)} labels for the features of {nodes} nodes")
+        raise UserError(f"{name}: {len(labels)} labels for the features of {nodes} nodes")
     if edges.ndim != 2 or edges.shape[0] != 2:
-        raise ValueError(f"{name}: edges of shape (2, E) expected, got {tuple(edges.shape)}")
+        raise UserError(f"{name}: edges of shape (2, E) expected, got {tuple(edges.shape)}")
     if edges.size and (edges.min() < 0 or edges.max() >= nodes):
         bad = edges.min() if edges.min() < 0 else edges.max()
-        raise ValueError(f"{name}: node id {bad} in the edges, but features are for nodes 0 to {nodes - 1}")
+        raise UserError(f"{name}: node id {bad} in the edges, but features are for nodes 0 to {nodes - 1}")
     values = features.data if sp.issparse(features) else features
     if not np.isfinite(values).all():
-        raise ValueError(f"{name}: {int((~np.isfinite(values)).sum())} features are NaN or infinite")
+        raise UserError(f"{name}: {int((~np.isfinite(values)).sum())} features are NaN or infinite")
     if labels.max() < 0:
-        raise ValueError(f"{name}: no node has a label")
+        raise UserError(f"{name}: no node has a label")
     adjacency, note = _symmetric(edges, nodes)
     graph = Graph(
         name=name,
@@ -101,16 +103,16 @@ def with_splits(graph: Graph, splits: dict[str, np.ndarray]) -> Graph:
     """The graph with the given splits (name -> node ids), checked."""
     for split, ids in splits.items():
         if len(ids) and (ids.min() < 0 or ids.max() >= graph.num_nodes):
-            raise ValueError(f"{graph.name}: node id out of range in split {split!r}")
+            raise UserError(f"{graph.name}: node id out of range in split {split!r}")
         if (graph.labels[ids] < 0).any() and split != "test":
-            raise ValueError(f"{graph.name}: split {split!r} holds nodes without a label")
+            raise UserError(f"{graph.name}: split {split!r} holds nodes without a label")
     train = splits.get("train", np.empty(0, np.int64))
     for split in ("val", "test"):
         if shared := np.intersect1d(train, splits.get(split, train[:0])).size:
-            raise ValueError(f"{graph.name}: {shared} nodes are in the splits 'train' and {split!r}")
+            raise UserError(f"{graph.name}: {shared} nodes are in the splits 'train' and {split!r}")
     missing = sorted(set(range(graph.num_classes)) - set(graph.labels[train].tolist()))
     if missing:
-        raise ValueError(f"{graph.name}: no training node of class {', '.join(map(str, missing))}")
+        raise UserError(f"{graph.name}: no training node of class {', '.join(map(str, missing))}")
     return replace(graph, splits={name: np.asarray(ids, np.int64) for name, ids in splits.items()})
 
 
@@ -138,7 +140,7 @@ def _compact(features: Features) -> Features:
 def rows_sum_to_one(features: Features, name: str) -> Features:
     """Each row over its sum; a row of zeros stays."""
     if (features.data if sp.issparse(features) else features).min(initial=0) < 0:
-        raise ValueError(f"{name}: negative features have no row sum to divide by; train with row_normalize off")
+        raise UserError(f"{name}: negative features have no row sum to divide by; train with row_normalize off")
     total = np.asarray(features.sum(1)).reshape(-1)
     inverse = np.divide(1.0, total, out=np.zeros_like(total, dtype=np.float64), where=total > 0)
     return _compact(sp.diags(inverse) @ features if sp.issparse(features) else features * inverse[:, None])
@@ -154,9 +156,7 @@ def random_split(graph: Graph, seed: int, train: int = 20, val: int = 30) -> Gra
     for label in range(graph.num_classes):
         ids = rng.permutation(np.flatnonzero(graph.labels == label))
         if len(ids) <= train + val:
-            raise ValueError(
-                f"{graph.name}: class {label} has {len(ids)} nodes; a random split needs {train + val + 1}"
-            )
+            raise UserError(f"{graph.name}: class {label} has {len(ids)} nodes; a random split needs {train + val + 1}")
         for split, part in zip(parts, np.split(ids, [train, train + val]), strict=True):
             parts[split].append(part)
     return with_splits(graph, {split: np.sort(np.concatenate(ids)) for split, ids in parts.items()})
@@ -165,7 +165,7 @@ def random_split(graph: Graph, seed: int, train: int = 20, val: int = 30) -> Gra
 def corrupt_edges(graph: Graph, share: float, seed: int) -> Graph:
     """Replace a share (0 to 1) of the undirected edges by as many random new pairs."""
     if not 0 <= share <= 1:
-        raise ValueError(f"share must be between 0 and 1, got {share}")
+        raise UserError(f"share must be between 0 and 1, got {share}")
     rng = np.random.default_rng(seed)
     upper = sp.triu(graph.adjacency, 1).tocoo()
     edges = np.stack([upper.row, upper.col]).astype(np.int64)
@@ -206,7 +206,7 @@ def add_similar(graph: Graph, neighbours: int) -> Graph:
     Every pair of nodes is looked at, in blocks: minutes for 10^5 nodes. Nodes without features get none.
     """
     if not 1 <= neighbours < graph.num_nodes:
-        raise ValueError(f"neighbours must be between 1 and {graph.num_nodes - 1}, got {neighbours}")
+        raise UserError(f"neighbours must be between 1 and {graph.num_nodes - 1}, got {neighbours}")
     unit = torch.from_numpy(np.asarray(sp.csr_matrix(graph.features).todense(), np.float32))
     unit = torch.nn.functional.normalize(unit, dim=1)
     sources, targets = [], []
@@ -270,7 +270,7 @@ def hop_weights(
     only the batch's own edges are looked at.
     """
     if hops < 1:
-        raise ValueError(f"hops must be at least 1, got {hops}; without hops there is no graph, that is alpha 0")
+        raise UserError(f"hops must be at least 1, got {hops}; without hops there is no graph, that is alpha 0")
     start = normalized[batch]
     left = start[rows]
     for _ in range((hops + 1) // 2 - 1):
@@ -335,12 +335,12 @@ class NodeBatches:
         soft: np.ndarray | None = None,
     ) -> None:
         if sampling not in ("published", "distinct"):
-            raise ValueError(f"sampling must be 'published' or 'distinct', got {sampling!r}")
+            raise UserError(f"sampling must be 'published' or 'distinct', got {sampling!r}")
         if batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+            raise UserError(f"batch_size must be at least 2, got {batch_size}")
         self.size = min(batch_size, graph.num_nodes) if sampling == "distinct" else batch_size
         if self.size % world_size:
-            raise ValueError(f"a batch of {self.size} nodes does not divide among {world_size} ranks")
+            raise UserError(f"a batch of {self.size} nodes does not divide among {world_size} ranks")
         self.graph, self.hops, self.seed, self.soft = graph, hops, seed, soft
         self.sampling, self.rank, self.world_size = sampling, rank, world_size
         self.normalized = normalized_adjacency(graph.adjacency)

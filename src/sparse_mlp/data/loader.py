@@ -19,6 +19,7 @@ from sparse_mlp.data.images import Batch, ImageSet
 from sparse_mlp.data.mix import BatchMixer
 from sparse_mlp.data.randomness import epoch_order, preserved_generators, seed_generators, step_seed
 from sparse_mlp.data.sets import ImageData
+from sparse_mlp.errors import UserError
 
 
 def steps_per_epoch(data: ImageData, config: DataConfig) -> int:
@@ -29,9 +30,9 @@ def steps_per_epoch(data: ImageData, config: DataConfig) -> int:
     """
     images = len(data.train)  # type: ignore[arg-type]
     if images == 0:
-        raise ValueError(f"{config.name} does not tell how many images it has; give --data.num-samples")
+        raise UserError(f"{config.name} does not tell how many images it has; give --data.num-samples")
     if images < config.batch_size:
-        raise ValueError(
+        raise UserError(
             f"data.batch_size {config.batch_size} is more than the {images} training images of {config.name}"
         )
     return images // config.batch_size
@@ -59,14 +60,14 @@ def train_loader(
     """
     local = config.batch_size // world_size
     if local * world_size != config.batch_size:
-        raise ValueError(f"data.batch_size {config.batch_size} does not divide over {world_size} ranks")
+        raise UserError(f"data.batch_size {config.batch_size} does not divide over {world_size} ranks")
     if data.mixer and local % 2:
-        raise ValueError(f"mixup and cutmix need an even number of images on each rank, not {local}")
+        raise UserError(f"mixup and cutmix need an even number of images on each rank, not {local}")
     per_epoch = steps_per_epoch(data, config)
     stop = start_step + steps
     if isinstance(data.train, IterableDataset):
         if config.repeats > 1:
-            raise ValueError(f"data.repeats {config.repeats} would be ignored: {config.name} is a stream")
+            raise UserError(f"data.repeats {config.repeats} would be ignored: {config.name} is a stream")
         return _StreamSteps(data.train, data.mixer, config, local, seed, range(start_step, stop), per_epoch)
     batches = _TrainSteps(data.train, data.mixer, seed, config, per_epoch, rank, world_size)
     return Batches(batches, range(start_step, stop), config.workers)
@@ -190,7 +191,7 @@ class _StreamSteps:
                 yield self.mixer(batch, self.seed, step) if self.mixer else batch
                 step += 1
             if step < self.steps.stop and step % self.per_epoch:
-                raise ValueError(
+                raise UserError(
                     f"{self.config.name} ended after {step - before + skipped} of {self.per_epoch} batches; "
                     "give the true number of images with --data.num-samples"
                 )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_mlp.data.config import AugmentConfig
 from sparse_mlp.data.randomness import preserved_generators, seed_generators, step_seed
+from sparse_mlp.errors import UserError
 
 
 class BatchMixer:
@@ -42,7 +43,7 @@ def batch_mixer(config: AugmentConfig, num_classes: int) -> BatchMixer | None:
     """The mixer that `config` asks for, or None. ValueError for values that would be ignored."""
     default = AugmentConfig()
     if config.mix_probability != default.mix_probability and not (config.mixup or config.cutmix):
-        raise ValueError("augment.mix_probability would be ignored: neither augment.mixup nor augment.cutmix is set")
+        raise UserError("augment.mix_probability would be ignored: neither augment.mixup nor augment.cutmix is set")
     if config.cutmix_share != default.cutmix_share and not (config.mixup and config.cutmix):
-        raise ValueError("augment.cutmix_share would be ignored: it needs both augment.mixup and augment.cutmix")
+        raise UserError("augment.cutmix_share would be ignored: it needs both augment.mixup and augment.cutmix")
     return BatchMixer(config, num_classes) if config.mixup or config.cutmix else None

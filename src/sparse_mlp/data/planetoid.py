@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from sparse_mlp.errors import UserError
+
 __all__ = ["load_pickle", "read_planetoid"]
 
 
@@ -64,14 +66,14 @@ def load_pickle(path: Path) -> Any:
             f"{path}: no such file; a Planetoid graph needs x, tx, allx, y, ty, ally, graph"
         ) from None
     except Exception as error:  # a damaged pickle may raise nearly anything
-        raise ValueError(f"{path}: refused: {error}") from error
+        raise UserError(f"{path}: refused: {error}") from error
     if isinstance(value, _Matrix):
         return _matrix(value, path)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return value
     if isinstance(value, dict):
         return value
-    raise ValueError(
+    raise UserError(
         f"{path}: refused: a matrix, an array of numbers or a dict was expected, not {type(value).__name__}"
     )
 
@@ -82,11 +84,11 @@ def _matrix(state: _Matrix, path: Path) -> sp.csr_matrix:
         shape = parts["_shape"]
         arrays = [parts["data"], parts["indices"], parts["indptr"]]
         if not all(isinstance(array, np.ndarray) and array.dtype.kind in "biuf" for array in arrays):
-            raise ValueError("its parts are not arrays of numbers")
+            raise UserError("its parts are not arrays of numbers")
         matrix = sp.csr_matrix((arrays[0], arrays[1], arrays[2]), shape=(int(shape[0]), int(shape[1])))
         matrix.check_format(full_check=True)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: refused: not a sparse matrix: {error}") from error
+        raise UserError(f"{path}: refused: not a sparse matrix: {error}") from error
     return matrix
 
 
@@ -101,16 +103,16 @@ def read_planetoid(folder: Path, name: str) -> tuple[sp.csr_matrix, np.ndarray, 
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not a list of node ids: {error}") from error
+        raise UserError(f"{path}: not a list of node ids: {error}") from error
     if len(order) != tx.shape[0] or len(ty) != len(order) or allx.shape[0] != len(ally) or x.shape[0] != len(y):
-        raise ValueError(f"{folder}: the files of {name} disagree in the number of nodes")
+        raise UserError(f"{folder}: the files of {name} disagree in the number of nodes")
     if (
         not len(order)
         or order.min() < allx.shape[0]
         or allx.shape[1] != tx.shape[1]
         or len(np.unique(order)) != len(order)
     ):
-        raise ValueError(f"{path}: node ids that repeat, overlap the training nodes or do not fit the features")
+        raise UserError(f"{path}: node ids that repeat, overlap the training nodes or do not fit the features")
     nodes = int(order.max()) + 1
     # Citeseer: ids between the test ids that are in no file have no feature and no label
     place = sp.csr_matrix((np.ones(len(order), np.float32), (order, np.arange(len(order)))), (nodes, len(order)))
@@ -124,7 +126,7 @@ def read_planetoid(folder: Path, name: str) -> tuple[sp.csr_matrix, np.ndarray, 
         source = np.concatenate([np.full(len(others), int(node)) for node, others in graph.items()])
         target = np.concatenate([np.asarray(others, dtype=np.int64) for others in graph.values()])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/ind.{name}.graph: not lists of node ids: {error}") from error
+        raise UserError(f"{folder}/ind.{name}.graph: not lists of node ids: {error}") from error
     splits = {
         "train": np.arange(len(y)),
         "val": np.arange(len(y), len(y) + 500),

@@ -21,6 +21,7 @@ from sparse_mlp.data.folder import FolderSource, read_folder
 from sparse_mlp.data.images import MODES, ArrayImages, FileImages
 from sparse_mlp.data.mix import BatchMixer, batch_mixer
 from sparse_mlp.data.spec import InputSpec
+from sparse_mlp.errors import UserError
 
 TIMM_PREFIXES = {
     "torch/": "torchvision",
@@ -105,7 +106,7 @@ def build_datasets(data: DataConfig, augment: AugmentConfig) -> ImageData:
         built = _build_arrays(data, augment, root)
     elif data.name == "folder":
         if data.root is None:
-            raise ValueError("a folder set needs --data.root FOLDER")
+            raise UserError("a folder set needs --data.root FOLDER")
         train, test, classes = read_folder(root, data.channels or 3, data.test_share)
         built = _build_files(data, augment, train, test, classes)
     elif data.name.lower().startswith(tuple(TIMM_PREFIXES)):
@@ -113,11 +114,11 @@ def build_datasets(data: DataConfig, augment: AugmentConfig) -> ImageData:
     else:
         near = difflib.get_close_matches(data.name, SETS, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
+        raise UserError(
             f"unknown data set {data.name!r}{hint} (known: {', '.join(SETS)}, and timm's {' '.join(TIMM_PREFIXES)})"
         )
     if data.num_classes is not None and data.num_classes != len(built.spec.classes):
-        raise ValueError(
+        raise UserError(
             f"data.num_classes is {data.num_classes}, but {data.name} has {len(built.spec.classes)} classes"
         )
     if data.label_share is None:
@@ -129,7 +130,7 @@ def _labelled_share(train: Any, data: DataConfig, classes: Sequence[str]) -> Arr
     """A class-balanced part of a training set. ValueError for a share out of range or one that empties a class."""
     assert data.label_share is not None
     if not 0 < data.label_share <= 1:
-        raise ValueError(f"data.label_share {data.label_share} is not in (0, 1]")
+        raise UserError(f"data.label_share {data.label_share} is not in (0, 1]")
     labels = train.labels.numpy() if isinstance(train, ArrayImages) else np.array([n for _, n in train.source.samples])
     generator = np.random.default_rng(data.label_seed)
     chosen = []
@@ -137,7 +138,7 @@ def _labelled_share(train: Any, data: DataConfig, classes: Sequence[str]) -> Arr
         own = np.flatnonzero(labels == number)
         count = round(data.label_share * len(own))
         if count == 0:
-            raise ValueError(
+            raise UserError(
                 f"data.label_share {data.label_share} leaves class {name} without an image: it has {len(own)}"
             )
         chosen.append(generator.permutation(own)[:count])
@@ -149,7 +150,7 @@ def _check_used(data: DataConfig) -> None:
     kind = data.name.lower().split("/")[0] + "/" if "/" in data.name else data.name
     timm_kinds = tuple(TIMM_PREFIXES)
     if data.label_seed and data.label_share is None:
-        raise ValueError(f"data.label_seed {data.label_seed} would be ignored: data.label_share is not set")
+        raise UserError(f"data.label_seed {data.label_seed} would be ignored: data.label_share is not set")
     users = {
         "on_bad_image": ("folder", "torch/"),
         "test_share": ("folder",),
@@ -164,14 +165,14 @@ def _check_used(data: DataConfig) -> None:
     for option, kinds in users.items():
         value = getattr(data, option)
         if value != getattr(DataConfig(), option) and kind not in kinds and kind in (*SETS, *timm_kinds):
-            raise ValueError(f"data.{option} {value!r} would be ignored by {data.name}; it is for {', '.join(kinds)}")
+            raise UserError(f"data.{option} {value!r} would be ignored by {data.name}; it is for {', '.join(kinds)}")
 
 
 def _build_arrays(data: DataConfig, augment: AugmentConfig, root: Path) -> ImageData:
     known = _ARRAY_SETS[data.name]
     channels = len(known.mean)
     if data.channels not in (None, channels):
-        raise ValueError(f"data.channels is {data.channels}, but the images of {data.name} have {channels}")
+        raise UserError(f"data.channels is {data.channels}, but the images of {data.name} have {channels}")
     (train, train_labels), (test, test_labels), classes = known.read(root, data.download)
     size = data.image_size or train.shape[-1]
     mean, std = _normalization(data, known.mean, known.std)
@@ -208,7 +209,7 @@ def _normalization(
     """The configured mean and standard deviation, else those given."""
     for option, value in (("mean", data.mean), ("std", data.std)):
         if value is not None and len(value) != len(mean):
-            raise ValueError(f"data.{option} {value} must have one number for each of the {len(mean)} channels")
+            raise UserError(f"data.{option} {value} must have one number for each of the {len(mean)} channels")
     return data.mean or mean, data.std or std
 
 
@@ -218,7 +219,7 @@ def _build_timm(data: DataConfig, augment: AugmentConfig, root: Path) -> ImageDa
     torchvision, streamed = prefix == "torch/", prefix not in ("torch/", "hfds/")
     if importlib.util.find_spec(TIMM_PREFIXES[prefix]) is None:
         package = TIMM_PREFIXES[prefix]
-        raise ValueError(f"data.name {data.name!r} needs the package {package}: pip install {package}")
+        raise UserError(f"data.name {data.name!r} needs the package {package}: pip install {package}")
     for split, training in ((data.train_split, True), (data.test_split, False)):
         try:
             splits.append(
@@ -235,7 +236,7 @@ def _build_timm(data: DataConfig, augment: AugmentConfig, root: Path) -> ImageDa
             )
         except (ImportError, AssertionError, RuntimeError, TypeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"timm cannot open {data.name!r}, split {split!r}: {reason}") from error
+            raise UserError(f"timm cannot open {data.name!r}, split {split!r}: {reason}") from error
     train, test = splits
     return _build_files(data, augment, train, test, _class_names(train, data))
 
@@ -249,5 +250,5 @@ def _class_names(dataset: Any, data: DataConfig) -> list[str]:
     if names:
         return [name[0] if isinstance(name, tuple) else str(name) for name in names]  # ImageNet: tuples of synonyms
     if data.num_classes is None:
-        raise ValueError(f"{data.name} does not tell its classes; give --data.num-classes")
+        raise UserError(f"{data.name} does not tell its classes; give --data.num-classes")
     return [str(number) for number in range(data.num_classes)]

@@ -25,6 +25,7 @@ from sparse_mlp.data.images import ArrayImages, Batch, FileImages
 from sparse_mlp.data.loader import train_loader
 from sparse_mlp.data.randomness import epoch_draws
 from sparse_mlp.data.sets import ImageData, build_datasets
+from sparse_mlp.errors import UserError
 
 __all__ = ["BatchView", "ViewsConfig", "build_views", "view_loader", "view_transform"]
 
@@ -84,19 +85,19 @@ class ViewsConfig:
         for name in ("flip", "jitter", "grey", "blur", "solarize", "crop_scale"):
             value = getattr(self, name)
             if not all(0 <= share <= 1 for share in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"views.{name} {value} is not in [0, 1]")
+                raise UserError(f"views.{name} {value} is not in [0, 1]")
         for name in ("brightness", "contrast", "saturation", "rotate"):
             if getattr(self, name) < 0:
-                raise ValueError(f"views.{name} {getattr(self, name)} is negative")
+                raise UserError(f"views.{name} {getattr(self, name)} is negative")
         if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"views.hue {self.hue} is not in [0, 0.5]")
+            raise UserError(f"views.hue {self.hue} is not in [0, 0.5]")
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"views.{name} {(low, high)} is not a range of positive numbers")
+                raise UserError(f"views.{name} {(low, high)} is not a range of positive numbers")
         default = (0.1, 2.0)
         if not any(self.blur) and self.blur_sigma != default:
-            raise ValueError(f"views.blur_sigma {self.blur_sigma} would be ignored: views.blur is {self.blur}")
+            raise UserError(f"views.blur_sigma {self.blur_sigma} would be ignored: views.blur is {self.blur}")
 
 
 def build_views(data: DataConfig, views: ViewsConfig) -> ImageData:
@@ -108,11 +109,11 @@ def in_two_views(built: ImageData, views: ViewsConfig) -> ImageData:
     """The same sets, the training images in two views. ValueError for options that such images would ignore."""
     spec = built.spec
     if spec.channels == 1 and (views.saturation or views.hue or views.grey):
-        raise ValueError("views.saturation, views.hue and views.grey are for colour images; set them to 0")
+        raise UserError("views.saturation, views.hue and views.grey are for colour images; set them to 0")
     if isinstance(built.train, ArrayImages):
         return replace(built, train=ArrayViews(built.train, views))
     if views.rotate:
-        raise ValueError(f"views.rotate {views.rotate} is for sets in memory (digits, cifar...)")
+        raise UserError(f"views.rotate {views.rotate} is for sets in memory (digits, cifar...)")
     pair = _Pair(*(view_transform(views, number, spec.image_size, spec.mean, spec.std) for number in (0, 1)))
     if isinstance(built.train, FileImages):
         return replace(built, train=FileViews(built.train, pair))

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sparse_mlp.errors import UserError
+
 T = TypeVar("T")
 
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -43,12 +45,12 @@ def resolve_device(name: str, index: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; allowed are auto, cpu, cuda, cuda:0, cuda:1, ...") from None
+        raise UserError(f"unknown device {name!r}; allowed are auto, cpu, cuda, cuda:0, cuda:1, ...") from None
     if device.type == "cuda":
         found = torch.cuda.device_count()
         number = index if device.index is None else device.index
         if number >= found:
-            raise ValueError(f"device {name!r} was asked for, but torch finds {found} GPUs here")
+            raise UserError(f"device {name!r} was asked for, but torch finds {found} GPUs here")
         return torch.device("cuda", number)
     return device
 
@@ -65,9 +67,9 @@ def join(device: str = "auto") -> Iterator[torch.device]:
         yield resolve_device(device)
         return
     if missing:
-        raise ValueError(f"some of torchrun's variables are set, but not {', '.join(missing)}; start with torchrun")
+        raise UserError(f"some of torchrun's variables are set, but not {', '.join(missing)}; start with torchrun")
     if size != "1" and ":" in device:
-        raise ValueError(f"device {device!r} is one GPU for {size} processes; cuda gives each its own")
+        raise UserError(f"device {device!r} is one GPU for {size} processes; cuda gives each its own")
     target = resolve_device(device, index=int(os.environ["LOCAL_RANK"]))
     if target.type == "cuda":
         torch.cuda.set_device(target)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sparse_mlp.distributed import is_main, on_main
 from sparse_mlp.engine.errors import CheckpointError
+from sparse_mlp.errors import UserError
 
 _NAME = re.compile(r"step_(\d{8,})")
 _FORMAT = 1
@@ -48,7 +49,7 @@ def checkpoint_step(path: Path) -> int:
     """Number of updates after which the checkpoint was made, from its name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise ValueError(f"{path} is not named like a checkpoint (step_00001234)")
+        raise UserError(f"{path} is not named like a checkpoint (step_00001234)")
     return int(match.group(1))
 
 

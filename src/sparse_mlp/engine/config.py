@@ -9,6 +9,8 @@ from typing import Literal
 
 import timm.optim
 
+from sparse_mlp.errors import UserError
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -134,36 +136,36 @@ def _check_optim(optim: OptimConfig) -> None:
     known = [str(name) for name in timm.optim.list_optimizers()]
     if optim.opt not in known:
         near = difflib.get_close_matches(optim.opt, known, n=3)
-        raise ValueError(f"unknown optimiser {optim.opt!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+        raise UserError(f"unknown optimiser {optim.opt!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
     info = timm.optim.get_optimizer_info(optim.opt)
     for name, has in (("betas", info.has_betas), ("eps", info.has_eps), ("momentum", info.has_momentum)):
         if getattr(optim, name) is not None and not has:
-            raise ValueError(f"optim.{name} {getattr(optim, name)} would be ignored: {optim.opt} has none")
+            raise UserError(f"optim.{name} {getattr(optim, name)} would be ignored: {optim.opt} has none")
     _positive("optim.lr", optim.lr)
     _at_least("optim.weight_decay", optim.weight_decay, 0)
     if optim.layer_decay is not None and not 0 < optim.layer_decay <= 1:
-        raise ValueError(f"optim.layer_decay {optim.layer_decay} is not in (0, 1]")
+        raise UserError(f"optim.layer_decay {optim.layer_decay} is not in (0, 1]")
 
 
 def _check_schedule(schedule: ScheduleConfig, optim: OptimConfig) -> None:
     if schedule.sched not in ("cosine", "linear", "constant"):
-        raise ValueError(f"unknown schedule {schedule.sched!r}; allowed are cosine, linear, constant")
+        raise UserError(f"unknown schedule {schedule.sched!r}; allowed are cosine, linear, constant")
     if schedule.warmup_steps is not None and schedule.warmup_epochs is not None:
-        raise ValueError(
+        raise UserError(
             f"schedule.warmup_steps {schedule.warmup_steps} and schedule.warmup_epochs {schedule.warmup_epochs} "
             "exclude each other"
         )
     _at_least("schedule.warmup_steps", schedule.warmup_steps, 0)
     _at_least("schedule.warmup_epochs", schedule.warmup_epochs, 0)
     if schedule.sched == "constant" and schedule.min_lr:
-        raise ValueError(f"schedule.min_lr {schedule.min_lr} would be ignored: the schedule is constant")
+        raise UserError(f"schedule.min_lr {schedule.min_lr} would be ignored: the schedule is constant")
     if schedule.warmup_lr is not None and not (schedule.warmup_steps or schedule.warmup_epochs):
-        raise ValueError(f"schedule.warmup_lr {schedule.warmup_lr} would be ignored: there is no warm-up")
+        raise UserError(f"schedule.warmup_lr {schedule.warmup_lr} would be ignored: there is no warm-up")
     for name in ("warmup_lr", "min_lr"):
         value = getattr(schedule, name)
         _at_least(f"schedule.{name}", value, 0)
         if value is not None and value > optim.lr:
-            raise ValueError(f"schedule.{name} {value} is above optim.lr {optim.lr}")
+            raise UserError(f"schedule.{name} {value} is above optim.lr {optim.lr}")
 
 
 def _check_train(train: TrainConfig) -> None:
@@ -171,7 +173,7 @@ def _check_train(train: TrainConfig) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
         said = " and ".join(f"train.{name} {value}" for name, value in given.items()) or "none"
-        raise ValueError(f"exactly one of train.epochs, train.steps and train.minutes says how long; given: {said}")
+        raise UserError(f"exactly one of train.epochs, train.steps and train.minutes says how long; given: {said}")
     for name, value in given.items():
         _positive(f"train.{name}", value)
     for name in ("grad_accum", "log_every", "keep", "threads"):
@@ -179,22 +181,22 @@ def _check_train(train: TrainConfig) -> None:
     for name in ("seed", "eval_every", "save_every"):
         _at_least(f"train.{name}", getattr(train, name), 0)
     if train.seed >= 2**63:
-        raise ValueError(f"train.seed {train.seed} is not below 2^63")
+        raise UserError(f"train.seed {train.seed} is not below 2^63")
     if train.amp not in (None, "bf16", "fp16"):
-        raise ValueError(f"unknown train.amp {train.amp!r}; allowed are bf16, fp16 and None")
+        raise UserError(f"unknown train.amp {train.amp!r}; allowed are bf16, fp16 and None")
     if train.clip_grad is not None:
         _positive("train.clip_grad", train.clip_grad)
     if train.ema_decay is not None and not 0 < train.ema_decay < 1:
-        raise ValueError(f"train.ema_decay {train.ema_decay} is not between 0 and 1")
+        raise UserError(f"train.ema_decay {train.ema_decay} is not between 0 and 1")
     if train.ema_warmup and train.ema_decay is None:
-        raise ValueError("train.ema_warmup would be ignored: train.ema_decay is not set")
+        raise UserError("train.ema_warmup would be ignored: train.ema_decay is not set")
 
 
 def _positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
-        raise ValueError(f"{name} {value} is not positive" + (" and finite" if value > 0 else ""))
+        raise UserError(f"{name} {value} is not positive" + (" and finite" if value > 0 else ""))
 
 
 def _at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and not least <= value < math.inf:
-        raise ValueError(f"{name} {value} is " + (f"below {least}" if value < least else "not a finite number"))
+        raise UserError(f"{name} {value} is " + (f"below {least}" if value < least else "not a finite number"))

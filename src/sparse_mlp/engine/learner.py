@@ -17,6 +17,7 @@ from sparse_mlp.engine.checkpoint import join_tensors, split_tensors
 from sparse_mlp.engine.config import OptimConfig, TrainConfig
 from sparse_mlp.engine.optim import create_optimizer
 from sparse_mlp.engine.task import Batch, Task
+from sparse_mlp.errors import UserError
 from sparse_mlp.moe import set_balance_scale
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,5 +126,5 @@ class Learner:
 
 def _checkpoint_activations(model: nn.Module) -> None:
     if not hasattr(model, "set_grad_checkpointing"):
-        raise ValueError(f"train.grad_checkpointing is set, but {type(model).__name__} cannot do it")
+        raise UserError(f"train.grad_checkpointing is set, but {type(model).__name__} cannot do it")
     model.set_grad_checkpointing(True)  # type: ignore[operator]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparse_mlp.distributed import mean
 from sparse_mlp.engine.run import RunFolder, naming
+from sparse_mlp.errors import UserError
 
 _PLAIN_SECONDS = 5.0  # least time between two plain progress lines
 _NOT_SHOWN = {"lr", "grad_norm", "data_time", "images_per_s", "balance"}  # in the file, not on the bar
@@ -120,7 +121,7 @@ def _cut(path: Path, step: int) -> set[tuple[str, int]]:
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 continue
-            raise ValueError(f"{path} line {number} is not a line of metrics: {text.strip()[:60]!r}") from None
+            raise UserError(f"{path} line {number} is not a line of metrics: {text.strip()[:60]!r}") from None
         if where[1] <= step and text.endswith("\n"):
             kept.append(text)
             said.add(where)

@@ -12,6 +12,7 @@ from timm.scheduler.scheduler import Scheduler
 
 from sparse_mlp.engine.config import OptimConfig, ScheduleConfig
 from sparse_mlp.engine.task import Task
+from sparse_mlp.errors import UserError
 
 
 def create_optimizer(task: Task, config: OptimConfig) -> torch.optim.Optimizer:
@@ -20,7 +21,7 @@ def create_optimizer(task: Task, config: OptimConfig) -> torch.optim.Optimizer:
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     trainable = {id(parameter) for parameter in task.parameters() if parameter.requires_grad}
     if len(grouped) != len(set(grouped)) or set(grouped) != trainable:
-        raise ValueError(
+        raise UserError(
             f"{type(task).__name__}.param_groups holds {len(grouped)} parameters ({len(set(grouped))} distinct); "
             f"the task has {len(trainable)} to train"
         )
@@ -38,7 +39,7 @@ def warmup_updates(config: ScheduleConfig, steps: int, steps_per_epoch: int) -> 
     if config.warmup_epochs is not None:
         warmup = round(config.warmup_epochs * steps_per_epoch)
     if warmup >= steps:
-        raise ValueError(f"a warm-up of {warmup} updates leaves nothing of the run's {steps}")
+        raise UserError(f"a warm-up of {warmup} updates leaves nothing of the run's {steps}")
     return warmup
 
 

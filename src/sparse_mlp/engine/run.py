@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sparse_mlp.engine.checkpoint import last_checkpoint
+from sparse_mlp.errors import UserError
 from sparse_mlp.moe import compiled
 
 try:
@@ -85,7 +86,7 @@ class RunFolder:
                 # By lockf and not flock: data workers must not inherit it, they may outlive a killed process.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):  # which of them depends on the system
-                raise ValueError(f"{self.path} is being trained by another process") from None
+                raise UserError(f"{self.path} is being trained by another process") from None
             except OSError:  # a file system without locks
                 pass
             yield
@@ -95,7 +96,7 @@ class RunFolder:
         try:
             return json.loads(self.config_path.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self.config_path} is not valid JSON: {error}") from None
+            raise UserError(f"{self.config_path} is not valid JSON: {error}") from None
 
     def weights(self, *, ema: bool | None = None) -> Path:
         """Weights file of the newest checkpoint: averaged ones where the run kept them (`ema` None), or as asked.

@@ -29,6 +29,7 @@ from sparse_mlp.engine.optim import create_schedule, warmup_updates
 from sparse_mlp.engine.run import RunFolder, environment
 from sparse_mlp.engine.stop import StopRequest
 from sparse_mlp.engine.task import Batch, Evaluation, Loaders, Task
+from sparse_mlp.errors import UserError
 from sparse_mlp.moe import telemetry
 
 
@@ -114,7 +115,7 @@ class Trainer:
             with self.clock.waiting():
                 batch = next(batches, None)
             if batch is None:
-                raise ValueError(f"the training data ended after {step} of {self.steps} steps")
+                raise UserError(f"the training data ended after {step} of {self.steps} steps")
             yield batch
 
     def _batches(self, start: int, steps: int) -> Iterable[Batch]:
@@ -127,7 +128,7 @@ class Trainer:
         # Found and verified by one rank: a checkpoint is large, and all have to mean the same one.
         last = distributed.on_main(lambda: checkpoint.last_checkpoint(self.run.checkpoints))
         if last is not None and not resume:
-            raise ValueError(f"{self.run.path} has checkpoints; resume it or train in another folder")
+            raise UserError(f"{self.run.path} has checkpoints; resume it or train in another folder")
         state = distributed.on_main(lambda: checkpoint.load_state(last)) if last is not None else None
         if state is not None:
             self._check_settings(state["settings"])
@@ -165,7 +166,7 @@ class Trainer:
             if before.get(name) != now.get(name)
         ]
         if changed:
-            raise ValueError(f"{self.run.path} cannot go on as it began: {'; '.join(changed)}")
+            raise UserError(f"{self.run.path} cannot go on as it began: {'; '.join(changed)}")
 
     # Between steps.
 
@@ -292,9 +293,9 @@ def _count_steps(train: TrainConfig, loaders: Loaders) -> int:
 
 def _check_batch_size(batch_size: int, parts: int) -> None:
     if batch_size % world_size():
-        raise ValueError(f"a batch size of {batch_size} is not divisible by the {world_size()} processes")
+        raise UserError(f"a batch size of {batch_size} is not divisible by the {world_size()} processes")
     if batch_size // world_size() < parts:
-        raise ValueError(f"train.grad_accum {parts} exceeds the {batch_size // world_size()} items a process gets")
+        raise UserError(f"train.grad_accum {parts} exceeds the {batch_size // world_size()} items a process gets")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes import as_mlp, cifar, cycle_mlp, digits, finetune, headline, hire_mlp, imagenet, transfer
 from sparse_mlp.recipes.build import Job, build, build_model, check_model_name, load_model, load_weights
 from sparse_mlp.recipes.recipe import ModelConfig, Recipe, differences, from_json, to_json
@@ -54,7 +55,7 @@ def get(name: str) -> Recipe:
     """The recipe of that name. ValueError with the nearest names if there is none."""
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
-        raise ValueError(
+        raise UserError(
             f"unknown recipe {name!r}; " + (f"nearest: {', '.join(near)}" if near else f"known: {', '.join(RECIPES)}")
         )
     return RECIPES[name]()

@@ -19,6 +19,7 @@ from torch import nn
 from sparse_mlp import weights
 from sparse_mlp.data import ImageData, InputSpec, build_datasets, eval_loader, steps_per_epoch, train_loader
 from sparse_mlp.engine import Loaders, RunFolder
+from sparse_mlp.errors import UserError
 from sparse_mlp.models import registered_names
 from sparse_mlp.recipes.recipe import ModelConfig, Recipe
 from sparse_mlp.tasks import Classify, Probe
@@ -47,7 +48,7 @@ def build(recipe: Recipe) -> Job:
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe.model, data.spec)
     if recipe.task.frozen and recipe.train.compile:
-        raise ValueError("train.compile would be ignored: a frozen backbone only gives its features")
+        raise UserError("train.compile would be ignored: a frozen backbone only gives its features")
     task = (Probe if recipe.task.frozen else Classify)(model, recipe.task, class_names=data.classes)
     loaders = Loaders(
         train=partial(train_loader, data, recipe.data, recipe.train.seed),
@@ -67,10 +68,10 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
     check_model_name(config.name)
     given = [name for name in _FROM_DATA if name in config.args]
     if given:
-        raise ValueError(f"model.args {given[0]}={config.args[given[0]]!r} is not yours to set: it comes from the data")
+        raise UserError(f"model.args {given[0]}={config.args[given[0]]!r} is not yours to set: it comes from the data")
     for name, value in config.args.items():
         if name in _SHARES and not (isinstance(value, int | float) and 0 <= value < 1):
-            raise ValueError(f"model.args {name}={value!r} is not a share in [0, 1)")
+            raise UserError(f"model.args {name}={value!r} is not a share in [0, 1)")
     arguments = dict(config.args) | {"in_chans": spec.channels, "num_classes": len(spec.classes)}
     published = get_pretrained_cfg(config.name)
     if published is not None and published.fixed_input_size:
@@ -82,7 +83,7 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
         _try_out(model, config.name, spec)
     # What a model does with an argument that it cannot use is its own affair; ours says so in a ValueError.
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(f"model {config.name}: {_explain(error, config.name)}") from error
+        raise UserError(f"model {config.name}: {_explain(error, config.name)}") from error
     if not config.final_norm:
         skip_final_norm(model)
     if config.weights is not None:
@@ -118,7 +119,7 @@ def check_model_name(name: str) -> None:
         return
     near = _nearest_models(name)
     hint = f"; nearest: {', '.join(near[:3])}" if near else ""
-    raise ValueError(f"unknown model {name!r}{hint} (`sparse-mlp models --all` lists every name)")
+    raise UserError(f"unknown model {name!r}{hint} (`sparse-mlp models --all` lists every name)")
 
 
 @torch.no_grad()
@@ -127,12 +128,12 @@ def _try_out(model: nn.Module, name: str, spec: InputSpec) -> None:
     for layer in model.modules():
         if isinstance(layer, PatchEmbed) and any(spec.image_size % side for side in layer.patch_size):
             patch = layer.patch_size[0]
-            raise ValueError(f"model {name}: image size {spec.image_size} is not divisible by its patch size {patch}")
+            raise UserError(f"model {name}: image size {spec.image_size} is not divisible by its patch size {patch}")
     training = model.training
     logits = model.eval()(torch.zeros(1, spec.channels, spec.image_size, spec.image_size))
     model.train(training)
     if logits.shape != (1, len(spec.classes)):
-        raise ValueError(f"model {name} gives {tuple(logits.shape)} for an image of one of {len(spec.classes)} classes")
+        raise UserError(f"model {name} gives {tuple(logits.shape)} for an image of one of {len(spec.classes)} classes")
 
 
 def _explain(error: Exception, name: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_mlp.data.graph_files import load_graph
 from sparse_mlp.data.graphs import Graph, NodeBatches, Sampling, add_similar, eval_batches, trust_edges
 from sparse_mlp.engine import Loaders, OptimConfig, ScheduleConfig, TrainConfig
+from sparse_mlp.errors import UserError
 from sparse_mlp.models.graph_mlp import GraphMlp
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
 from sparse_mlp.tasks.teacher import TeacherConfig, teach
@@ -57,15 +58,15 @@ class GraphConfig:
 
     def __post_init__(self) -> None:
         if self.hops < 1:
-            raise ValueError(
+            raise UserError(
                 f"hops must be at least 1, got {self.hops}; without hops there is no graph, that is task.alpha 0"
             )
         if self.batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, got {self.batch_size}")
+            raise UserError(f"batch_size must be at least 2, got {self.batch_size}")
         if self.trust is not None and not -1 <= self.trust < 1:
-            raise ValueError(f"trust is a cosine, at least -1 and below 1; got {self.trust}")
+            raise UserError(f"trust is a cosine, at least -1 and below 1; got {self.trust}")
         if self.similar is not None and self.similar < 1:
-            raise ValueError(f"similar must be at least 1, got {self.similar}")
+            raise UserError(f"similar must be at least 1, got {self.similar}")
 
 
 @dataclass(frozen=True)
@@ -168,14 +169,14 @@ def build_nodes(recipe: NodeRecipe, told: Callable[[str], None] | None = None) -
     """
     config, train = recipe.data, recipe.train
     if train.grad_accum != 1:
-        raise ValueError(
+        raise UserError(
             f"train.grad_accum {train.grad_accum}: a batch of nodes contrasts all its nodes, it cannot be cut"
         )
     if train.amp is not None:
-        raise ValueError(f"train.amp {train.amp} is not for node runs; task.similarity bfloat16 is where the time goes")
+        raise UserError(f"train.amp {train.amp} is not for node runs; task.similarity bfloat16 is where the time goes")
     graph = load_nodes(config)
     if not any(len(graph.splits.get(split, ())) for split in ("val", "test")):
-        raise ValueError(f"{graph.name}: there are no validation or test nodes to evaluate on")
+        raise UserError(f"{graph.name}: there are no validation or test nodes to evaluate on")
     if config.trust is not None:
         graph = trust_edges(graph, config.trust)
     if config.similar is not None:
@@ -184,7 +185,7 @@ def build_nodes(recipe: NodeRecipe, told: Callable[[str], None] | None = None) -
     task = NodeClassify(build_network(recipe.model, graph.features.shape[1], graph.num_classes), recipe.task)
 
     if not recipe.task.distill and recipe.teacher != node_recipe(config.source).teacher:
-        raise ValueError("the options of teacher would be ignored: task.distill is 0, there is no teacher")
+        raise UserError("the options of teacher would be ignored: task.distill is 0, there is no teacher")
     soft = teach(graph, train.seed, recipe.teacher, told) if recipe.task.distill else None
 
     def batches(*, start_step: int, steps: int, rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
@@ -217,5 +218,5 @@ def build_network(config: NetworkConfig, features: int, classes: int) -> GraphMl
     """ValueError for options that would be ignored."""
     default = NetworkConfig()
     if not config.num_experts and (config.top_k, config.expert_dim) != (default.top_k, default.expert_dim):
-        raise ValueError("model.top_k and model.expert_dim would be ignored: model.num_experts is 0")
+        raise UserError("model.top_k and model.expert_dim would be ignored: model.num_experts is 0")
     return GraphMlp(features, classes, **vars(config))

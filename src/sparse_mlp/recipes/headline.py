@@ -19,6 +19,7 @@ from typing import Any
 
 from sparse_mlp.data import AugmentConfig, DataConfig, ViewsConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes.finetune import linear_probe
 from sparse_mlp.recipes.pretrain import PretrainRecipe, resolve
 from sparse_mlp.recipes.recipe import ModelConfig, Recipe
@@ -101,10 +102,10 @@ def headline_runs(parts: tuple[str, ...] = PARTS, seeds: int = 3) -> Iterator[Na
     ValueError for an unknown part, or less than one seed.
     """
     if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+        raise UserError(f"seeds must be at least 1, got {seeds}")
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise ValueError(f"unknown part {unknown[0]!r} of the headline experiment; known: {', '.join(PARTS)}")
+        raise UserError(f"unknown part {unknown[0]!r} of the headline experiment; known: {', '.join(PARTS)}")
     for part in (part for part in PARTS if part in parts and part != "ablations"):
         for seed in range(seeds):
             for arm, contestant in CONTESTANTS.items():

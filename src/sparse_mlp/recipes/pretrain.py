@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 from sparse_mlp.data import DataConfig, ImageData, InputSpec, ViewsConfig, build_views, eval_loader, steps_per_epoch
 from sparse_mlp.data.views import view_loader
 from sparse_mlp.engine import Batch, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes.build import build_model
 from sparse_mlp.recipes.recipe import ModelConfig, decode
 from sparse_mlp.tasks.moco import Moco, MocoConfig
@@ -215,7 +216,7 @@ def get_pretraining(name: str) -> PretrainRecipe:
     if name not in PRETRAIN_RECIPES:
         near = difflib.get_close_matches(name, PRETRAIN_RECIPES, n=3, cutoff=0.4)
         told = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(PRETRAIN_RECIPES)}"
-        raise ValueError(f"unknown pre-training recipe {name!r}; {told}")
+        raise UserError(f"unknown pre-training recipe {name!r}; {told}")
     return PRETRAIN_RECIPES[name]()
 
 
@@ -229,10 +230,10 @@ def load_pretraining(run_dir: str | Path) -> PretrainRecipe:
     run = RunFolder.open(run_dir)
     try:
         if not is_pretraining(run_dir):
-            raise ValueError("not a pre-training run")
+            raise UserError("not a pre-training run")
         return decode(PretrainRecipe, run.config())
     except ValueError as error:
-        raise ValueError(f"{run.config_path}: {error}") from error
+        raise UserError(f"{run.config_path}: {error}") from error
 
 
 def resolve(recipe: PretrainRecipe) -> PretrainRecipe:
@@ -240,7 +241,7 @@ def resolve(recipe: PretrainRecipe) -> PretrainRecipe:
     if recipe.lr_base_size is None:
         return recipe
     if recipe.lr_base_size < 1:
-        raise ValueError(f"lr_base_size {recipe.lr_base_size} is below 1")
+        raise UserError(f"lr_base_size {recipe.lr_base_size} is below 1")
     lr = recipe.optim.lr * recipe.data.batch_size / recipe.lr_base_size
     return replace(recipe, lr_base_size=None, optim=replace(recipe.optim, lr=lr))
 
@@ -253,9 +254,9 @@ def build_pretraining(recipe: PretrainRecipe) -> PretrainJob:
     recipe, seed = resolve(recipe), recipe.train.seed
     parts, size = recipe.train.grad_accum, recipe.data.batch_size
     if parts != 1:
-        raise ValueError(f"train.grad_accum {parts}: an image is contrasted with its whole batch, which cannot be cut")
+        raise UserError(f"train.grad_accum {parts}: an image is contrasted with its whole batch, which cannot be cut")
     if size < 2:
-        raise ValueError(f"data.batch_size {size} is too small for batch norm and a contrast; from 2 on")
+        raise UserError(f"data.batch_size {size} is too small for batch norm and a contrast; from 2 on")
     data = build_views(recipe.data, recipe.views)
     per_epoch = steps_per_epoch(data, recipe.data)
     _check_bank(recipe, data)
@@ -277,7 +278,7 @@ def _backbone(config: ModelConfig, spec: InputSpec) -> nn.Module:
         patch = _patch_size(config)
         if patch is not None and patch > spec.image_size:
             views = f"views of {spec.image_size} pixels (data.image_size)"
-            raise ValueError(f"{views} are smaller than a patch of {config.name}, {patch}") from error
+            raise UserError(f"{views} are smaller than a patch of {config.name}, {patch}") from error
         raise
 
 
@@ -297,11 +298,11 @@ def _check_bank(recipe: PretrainRecipe, data: ImageData) -> None:
     if not recipe.task.knn_images:
         return
     if isinstance(data.train, IterableDataset):
-        raise ValueError(
+        raise UserError(
             f"the kNN needs training images by number, which the stream {recipe.data.name} has not; --task.knn-images 0"
         )
     if len(data.classes) < 2:
-        raise ValueError(
+        raise UserError(
             f"the kNN needs two classes, but {recipe.data.name} has {data.classes[0]!r} alone; --task.knn-images 0"
         )
 

@@ -16,6 +16,7 @@ import tyro
 
 from sparse_mlp.data import AugmentConfig, DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
+from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 
@@ -25,7 +26,7 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"{text!r} is not of the form name=value")
+            raise UserError(f"{text!r} is not of the form name=value")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -142,18 +143,18 @@ def decode(kind: Any, value: Any, where: str = "") -> Any:
     else:
         fits = type(value) is (origin or kind)
     if not fits:
-        raise ValueError(f"{where} is {value!r}, which is not of the kind {getattr(kind, '__name__', None) or kind}")
+        raise UserError(f"{where} is {value!r}, which is not of the kind {getattr(kind, '__name__', None) or kind}")
     return value
 
 
 def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{where or 'the configuration'} should be a JSON object, not {value!r}")
+        raise UserError(f"{where or 'the configuration'} should be a JSON object, not {value!r}")
     hints = typing.get_type_hints(kind, include_extras=True)
     names = [entry.name for entry in dataclasses.fields(kind)]
     prefix = f"{where}." if where else ""
     for name in value:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            raise ValueError(f"unknown field {prefix}{name}" + (f"; nearest: {prefix}{near[0]}" if near else ""))
+            raise UserError(f"unknown field {prefix}{name}" + (f"; nearest: {prefix}{near[0]}" if near else ""))
     return kind(**{name: decode(hints[name], entry, prefix + name) for name, entry in value.items()})

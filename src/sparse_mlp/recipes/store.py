@@ -10,6 +10,7 @@ from typing import TypeVar
 from sparse_mlp.data import DataConfig, InputSpec
 from sparse_mlp.engine import RunFolder
 from sparse_mlp.engine.run import write_json
+from sparse_mlp.errors import UserError
 from sparse_mlp.recipes.recipe import ModelConfig, Recipe, decode
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ def load(run_dir: str | Path) -> Recipe:
     try:
         return decode(Recipe, run.config())
     except ValueError as error:
-        raise ValueError(f"{run.config_path}: {error}") from error
+        raise UserError(f"{run.config_path}: {error}") from error
 
 
 def load_model_config(run_dir: str | Path) -> ModelConfig:
@@ -39,9 +40,9 @@ def _section(kind: type[T], run_dir: str | Path, name: str) -> T:
     try:
         return decode(kind, run.config()[name], name)
     except KeyError:
-        raise ValueError(f"{run.config_path} has no {name}: it is no run on images") from None
+        raise UserError(f"{run.config_path} has no {name}: it is no run on images") from None
     except ValueError as error:
-        raise ValueError(f"{run.config_path}: {error}") from error
+        raise UserError(f"{run.config_path}: {error}") from error
 
 
 def save_inputs(run_dir: str | Path, spec: InputSpec) -> None:
@@ -57,7 +58,7 @@ def load_inputs(run_dir: str | Path) -> InputSpec:
     try:
         return decode(InputSpec, json.loads(path.read_text()))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _inputs_path(run_dir: str | Path) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from sparse_mlp.errors import UserError
 from sparse_mlp.report import page
 from sparse_mlp.report.analysis import balance
 from sparse_mlp.report.curves import Line, draw_lines, percent, plain, time_unit
@@ -32,9 +33,9 @@ def write_comparison(run_dirs: Sequence[Path | str], out: Path | str, macs: Sequ
     FileNotFoundError or ValueError, one line, for wrong folders or a wrong number of them.
     """
     if not 2 <= len(run_dirs) <= len(RUN_STYLES):
-        raise ValueError(f"a comparison takes 2 to {len(RUN_STYLES)} runs; got {len(run_dirs)}")
+        raise UserError(f"a comparison takes 2 to {len(RUN_STYLES)} runs; got {len(run_dirs)}")
     if macs is not None and len(macs) != len(run_dirs):
-        raise ValueError(f"{len(run_dirs)} runs need as many numbers of multiply-adds; got {len(macs)}")
+        raise UserError(f"{len(run_dirs)} runs need as many numbers of multiply-adds; got {len(macs)}")
     runs = [read_run(run_dir) for run_dir in run_dirs]
     costs = list(macs) if macs is not None else [None] * len(runs)
     labels = run_labels(runs)

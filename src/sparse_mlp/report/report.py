@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from sparse_mlp.errors import UserError
 from sparse_mlp.report import page
 from sparse_mlp.report.analysis import balance, calibration, class_accuracy, confusion_matrix
 from sparse_mlp.report.classes import (
@@ -80,7 +81,7 @@ def class_names(run: Run, classes: Sequence[str] | None) -> list[str]:
     if names is None:
         return [str(c) for c in range(number or 0)]
     if number is not None and len(names) != number:
-        raise ValueError(f"{run.path} has predictions of {number} classes, but {len(names)} class names are given")
+        raise UserError(f"{run.path} has predictions of {number} classes, but {len(names)} class names are given")
     return [str(name) for name in names]
 
 

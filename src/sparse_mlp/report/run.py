@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from sparse_mlp.engine import RunFolder
+from sparse_mlp.errors import UserError
 
 # Numbers read from the lines of metrics, by kind.
 _PRETRAIN = ("contrast_acc", "feature_std", "momentum", "first_grad_norm")
@@ -175,9 +176,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__} where a JSON object is expected")
+        raise UserError(f"{path} holds {type(content).__name__} where a JSON object is expected")
     return content
 
 
@@ -202,10 +203,10 @@ def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
             if number == len(lines):  # no newline after it: the writer was stopped in the middle
                 notes.append("The last line of metrics.jsonl was cut short by an interruption and is left out.")
                 continue
-            raise ValueError(f"{path} line {number} is not JSON") from error
+            raise UserError(f"{path} line {number} is not JSON") from error
         problem = _problem(entry)
         if problem:
-            raise ValueError(f"{path} line {number} {problem}")
+            raise UserError(f"{path} line {number} {problem}")
         parsed.append(entry)
     return parsed
 
@@ -251,7 +252,7 @@ def _routing(lines: list[dict[str, Any]], path: Path) -> dict[str, Routing]:
     for name, entries in by_layer.items():
         sizes = {len(entry[key]) for entry in entries for key in ("load", "importance")}
         if len(sizes) != 1:
-            raise ValueError(f"{path}: layer {name} changes its number of experts: {sorted(sizes)}")
+            raise UserError(f"{path}: layer {name} changes its number of experts: {sorted(sizes)}")
         layers[name] = Routing(
             step=_numbers(entries, "step"),
             time=_times(entries),
@@ -273,11 +274,11 @@ def _read_predictions(path: Path, notes: list[str], pretraining: bool) -> Predic
                 return None
             index, target, logits = (archive[name] for name in ("index", "target", "logits"))
     except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a predictions file: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not a predictions file: {' '.join(str(error).split())}") from error
     if logits.ndim != 2 or not len(index) == len(target) == len(logits):
-        raise ValueError(f"{path}: index {index.shape}, target {target.shape} and logits {logits.shape} do not fit")
+        raise UserError(f"{path}: index {index.shape}, target {target.shape} and logits {logits.shape} do not fit")
     if len(target) and not 0 <= target.min() <= target.max() < logits.shape[1]:
-        raise ValueError(f"{path}: targets {target.min()} to {target.max()} do not fit {logits.shape[1]} classes")
+        raise UserError(f"{path}: targets {target.min()} to {target.max()} do not fit {logits.shape[1]} classes")
     return _reduce(index, target, logits)
 
 
@@ -314,4 +315,4 @@ def _count_parameters(path: Path) -> int | None:
             names = [name for name in weights.keys() if not name.endswith(_BUFFERS)]  # noqa: SIM118 - not a dict
             return sum(int(np.prod(weights.get_slice(name).get_shape())) for name in names)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a safetensors file: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file} is not a safetensors file: {' '.join(str(error).split())}") from error

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from sparse_mlp.errors import UserError
 from sparse_mlp.report.analysis import Pair, confusion_matrix, mistakes_of, worst_pairs
 from sparse_mlp.report.run import Predictions, read_run
 
@@ -41,9 +42,9 @@ class Samples:
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or not len(self.images) == len(self.targets) == len(self.index):
             shapes = ", ".join(str(tuple(t.shape)) for t in (self.images, self.targets, self.index))
-            raise ValueError(f"samples need images (N, C, H, W), targets (N,) and index (N,); got {shapes}")
+            raise UserError(f"samples need images (N, C, H, W), targets (N,) and index (N,); got {shapes}")
         if not len(self.mean) == len(self.std) == self.images.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"samples of {self.images.shape[1]} channels need as many means and stds; "
                 f"got {len(self.mean)} and {len(self.std)}"
             )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from sparse_mlp.distributed import broadcast, gather
 from sparse_mlp.engine import Batch, Evaluation, Task
+from sparse_mlp.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,11 @@ class Classify(Task):
         config = config or ClassifyConfig()
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
         if class_names is not None and len(class_names) != self.num_classes:
-            raise ValueError(f"the model has {self.num_classes} classes, the data have {len(class_names)}")
+            raise UserError(f"the model has {self.num_classes} classes, the data have {len(class_names)}")
         if self.num_classes < 2:
-            raise ValueError(
-                f"there is nothing to tell apart: {', '.join(class_names or ()) or 'it'} is the only class"
-            )
+            raise UserError(f"there is nothing to tell apart: {', '.join(class_names or ()) or 'it'} is the only class")
         if not 0 <= config.smoothing < 1:
-            raise ValueError(f"task.smoothing {config.smoothing} is not in [0, 1)")
+            raise UserError(f"task.smoothing {config.smoothing} is not in [0, 1)")
         self.model, self.smoothing = model, config.smoothing
         self.class_names = list(class_names) if class_names is not None else None
         self.criterion = _criterion(config.loss)
@@ -97,7 +96,7 @@ class Classify(Task):
             return Evaluation(broadcast(dict[str, float]()))
         found = [columns for columns in ranks if columns]
         if not found:
-            raise ValueError("there are no images to evaluate on")
+            raise UserError("there are no images to evaluate on")
         index, target, logits = _once(*(np.concatenate(column) for column in zip(*found, strict=True)))
         metrics = self._metrics(torch.from_numpy(target), torch.from_numpy(logits))
         return Evaluation(broadcast(metrics), {"index": index, "target": target, "logits": logits})
@@ -134,4 +133,4 @@ def _criterion(loss: str) -> nn.Module:
         return nn.CrossEntropyLoss()
     if loss == "bce":
         return BinaryCrossEntropy(smoothing=0.0, sum_classes=True)
-    raise ValueError(f"unknown task.loss {loss!r}; allowed are cross_entropy and bce")
+    raise UserError(f"unknown task.loss {loss!r}; allowed are cross_entropy and bce")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_mlp.engine import Batch
+from sparse_mlp.errors import UserError
 
 __all__ = ["evaluating", "extract_features", "pooled_features", "skip_final_norm"]
 
@@ -33,7 +34,7 @@ def extract_features(
             features = pooled_features(backbone, batch["image"].to(device)).float().cpu()
             rows.append((features, batch["target"], batch["index"]))
     if not rows:
-        raise ValueError("there are no images to take features of")
+        raise UserError("there are no images to take features of")
     features, labels, index = (torch.cat(column) for column in zip(*rows, strict=True))
     return features, labels, index
 
@@ -69,6 +70,6 @@ def skip_final_norm(model: nn.Module) -> None:
     """
     found = [name for name in ("norm", "fc_norm") if list(getattr(model, name, nn.Identity()).state_dict())]
     if not found:
-        raise ValueError(f"model.final_norm is off, but {type(model).__name__} has no final norm to leave out")
+        raise UserError(f"model.final_norm is off, but {type(model).__name__} has no final norm to leave out")
     for name in found:
         setattr(model, name, SkippedNorm(getattr(model, name)))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_mlp.errors import UserError
+
 __all__ = ["nearest", "weighted_knn"]
 
 _CHUNK = 1024  # test rows at a time: with 50,000 training rows 200 MB of similarities
@@ -28,14 +30,14 @@ def weighted_knn(
     fit.
     """
     if temperature <= 0:
-        raise ValueError(f"the kNN temperature {temperature} is not positive")
+        raise UserError(f"the kNN temperature {temperature} is not positive")
     labels = train_labels.long()
     if labels.shape != train_features.shape[:1]:
-        raise ValueError(f"kNN has labels {tuple(labels.shape)} for features {tuple(train_features.shape)}")
+        raise UserError(f"kNN has labels {tuple(labels.shape)} for features {tuple(train_features.shape)}")
     if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"kNN needs labels in 0..{num_classes - 1} for its {len(labels)} training images")
+        raise UserError(f"kNN needs labels in 0..{num_classes - 1} for its {len(labels)} training images")
     if (labels == labels[0]).all():
-        raise ValueError(f"kNN needs two classes, but all {len(labels)} training images are of class {int(labels[0])}")
+        raise UserError(f"kNN needs two classes, but all {len(labels)} training images are of class {int(labels[0])}")
     cosines, rows = nearest(train_features, test_features, k)
     # Against the nearest of all, so that small temperatures do not overflow; a row's votes keep their ratios.
     weights = ((cosines - cosines[:, :1]) / temperature).exp()
@@ -46,10 +48,10 @@ def weighted_knn(
 def nearest(train_features: Tensor, test_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosines (M, K) of the K = min(k, N) training rows nearest to each test row, falling, and their numbers (M, K)."""
     if k < 1:
-        raise ValueError(f"kNN needs at least one neighbour, got k = {k}")
+        raise UserError(f"kNN needs at least one neighbour, got k = {k}")
     if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
         shapes = f"{tuple(train_features.shape)} and {tuple(test_features.shape)}"
-        raise ValueError(f"kNN compares features (N, D) with (M, D), got {shapes}")
+        raise UserError(f"kNN compares features (N, D) with (M, D), got {shapes}")
     train = F.normalize(train_features.float(), dim=1)
     test = F.normalize(test_features.float(), dim=1)
     k = min(k, len(train))

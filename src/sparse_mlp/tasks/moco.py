@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_mlp.distributed import all_gather, broadcast, gather, rank, sync_batch_norm, world_size
 from sparse_mlp.engine import Batch, Evaluation, Task
+from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.features import evaluating, pooled_features
 from sparse_mlp.tasks.knn import weighted_knn
 
@@ -71,14 +72,14 @@ class MocoConfig:
     def __post_init__(self) -> None:
         for name in ("temperature", "knn_temperature"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"task.{name} {getattr(self, name)} is not positive")
+                raise UserError(f"task.{name} {getattr(self, name)} is not positive")
         if not 0 <= self.momentum <= 1:
-            raise ValueError(f"task.momentum {self.momentum} is not in [0, 1]")
+            raise UserError(f"task.momentum {self.momentum} is not in [0, 1]")
         for name in ("hidden_dim", "out_dim", "projector_layers", "predictor_layers", "knn_k"):
             if getattr(self, name) < 1:
-                raise ValueError(f"task.{name} {getattr(self, name)} is below 1")
+                raise UserError(f"task.{name} {getattr(self, name)} is below 1")
         if self.knn_images < 0:
-            raise ValueError(f"task.knn_images {self.knn_images} is below 0")
+            raise UserError(f"task.knn_images {self.knn_images} is below 0")
 
 
 class Moco(Task):
@@ -126,7 +127,7 @@ class Moco(Task):
         """`loss`; `contrast_acc` (how often the other view is the nearest key), `feature_std` and `momentum`."""
         views = batch["view1"], batch["view2"]
         if len(views[0]) * world_size() < 2:
-            raise ValueError("a batch of one image has nothing to contrast, and batch norm no statistics")
+            raise UserError("a batch of one image has nothing to contrast, and batch norm no statistics")
         features = [self.encoder(view) for view in views]
         queries = [self.predictor(self.projector(feature)) for feature in features]
         with torch.no_grad():
@@ -153,7 +154,7 @@ class Moco(Task):
 
     def param_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
         if layer_decay is not None:
-            raise ValueError(f"optim.layer_decay {layer_decay} is for fine-tuning; pre-training has no such thing")
+            raise UserError(f"optim.layer_decay {layer_decay} is for fine-tuning; pre-training has no such thing")
         if self.config.decay_all:
             return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
         names = self.encoder.no_weight_decay() if hasattr(self.encoder, "no_weight_decay") else set()  # type: ignore[operator]
@@ -182,7 +183,7 @@ class Moco(Task):
         found = [columns for columns in ranks if columns]
         columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True)]
         if not found or columns[0].all():
-            raise ValueError("there are no images to evaluate on")
+            raise UserError("there are no images to evaluate on")
         bank, test = (_rows(columns, columns[0] == kind) for kind in (True, False))
         index, target, features = test
         metrics = {"feature_std": float(feature_std(features)), "feature_rank": feature_rank(features)}
@@ -256,7 +257,7 @@ def _freeze_patch_embed(model: nn.Module, needed: bool) -> None:
     if isinstance(first, nn.Conv2d) and first.kernel_size == first.stride:
         first.requires_grad_(False)
     elif needed:
-        raise ValueError(
+        raise UserError(
             f"task.freeze_patch_embed is set, but {type(model).__name__} has no patch embedding: patches of its first "
             "convolution overlap"
         )

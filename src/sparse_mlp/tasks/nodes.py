@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparse_mlp.distributed import broadcast, gather, rank, world_size
 from sparse_mlp.engine import Batch, Evaluation, Task
+from sparse_mlp.errors import UserError
 from sparse_mlp.models.graph_mlp import Form, GraphMlp, cosine_scale, n_contrast
 
 __all__ = ["NodeClassify", "NodeLossConfig"]
@@ -44,12 +45,12 @@ class NodeLossConfig:
 
     def __post_init__(self) -> None:
         if not (0 <= self.alpha < float("inf") and 0 <= self.distill < float("inf")):
-            raise ValueError(f"alpha and distill must be at least 0 and finite, got {self.alpha} and {self.distill}")
+            raise UserError(f"alpha and distill must be at least 0 and finite, got {self.alpha} and {self.distill}")
         cosine_scale(self.tau, self.form)
         if self.similarity not in ("float32", "bfloat16"):
-            raise ValueError(f"similarity must be 'float32' or 'bfloat16', got {self.similarity!r}")
+            raise UserError(f"similarity must be 'float32' or 'bfloat16', got {self.similarity!r}")
         if not self.alpha and (self.form, self.similarity) != ("published", "float32"):
-            raise ValueError("form and similarity would be ignored: alpha is 0, there is no NContrast")
+            raise UserError("form and similarity would be ignored: alpha is 0, there is no NContrast")
 
 
 class NodeClassify(Task):
@@ -70,7 +71,7 @@ class NodeClassify(Task):
     def param_groups(self, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
         """All parameters decay, biases and norms too, as in the published runs."""
         if layer_decay is not None:
-            raise ValueError(f"optim.layer_decay {layer_decay} has no meaning for a Graph-MLP; leave it out")
+            raise UserError(f"optim.layer_decay {layer_decay} has no meaning for a Graph-MLP; leave it out")
         return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -115,7 +116,7 @@ class NodeClassify(Task):
             return Evaluation(broadcast(dict[str, float]()))
         found = [columns for columns in ranks if columns]
         if not found:
-            raise ValueError("there are no validation or test nodes to evaluate on")
+            raise UserError("there are no validation or test nodes to evaluate on")
         val, index, target, logits = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(index[~val])
         test = {"index": index[~val][order], "target": target[~val][order], "logits": logits[~val][order]}

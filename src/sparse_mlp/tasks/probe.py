@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_mlp.engine import Batch, Evaluation
+from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.classify import Classify, ClassifyConfig
 from sparse_mlp.tasks.features import extract_features, pooled_features
 from sparse_mlp.tasks.knn import weighted_knn
@@ -34,7 +35,7 @@ class Probe(Classify):
         super().__init__(model, config, class_names=class_names)
         head = model.get_classifier()  # type: ignore[operator]
         if not isinstance(head, nn.Linear):
-            raise ValueError(f"a linear probe needs one linear layer; {type(model).__name__} ends in {head}")
+            raise UserError(f"a linear probe needs one linear layer; {type(model).__name__} ends in {head}")
         model.requires_grad_(False)
         head.requires_grad_(True)
         nn.init.normal_(head.weight, std=_INIT_STD)
@@ -57,7 +58,7 @@ class Probe(Classify):
     def param_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
         """The classifier's weight and bias, both with the weight decay. ValueError for a layer decay."""
         if layer_decay is not None:
-            raise ValueError(f"optim.layer_decay {layer_decay} would be ignored: only the classifier is trained")
+            raise UserError(f"optim.layer_decay {layer_decay} would be ignored: only the classifier is trained")
         head = [p for p in self.model.parameters() if p.requires_grad]
         return [{"params": head, "weight_decay": weight_decay}]
 

@@ -22,6 +22,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from sparse_mlp.data.graphs import Graph, feature_rows, normalized_adjacency
+from sparse_mlp.errors import UserError
 from sparse_mlp.models.graph_mlp import SparseLinear, drop_features
 
 __all__ = ["TeacherConfig", "teach"]
@@ -75,16 +76,16 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         for name in ("hops", "samples", "hidden_dim", "epochs", "starts"):
             if getattr(self, name) < 1:
-                raise ValueError(f"teacher.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"teacher.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("node_drop_rate", "input_drop_rate", "drop_rate"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"teacher.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+                raise UserError(f"teacher.{name} must be at least 0 and below 1, got {getattr(self, name)}")
         for name in ("temperature", "lr"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"teacher.{name} must be positive and finite, got {getattr(self, name)}")
+                raise UserError(f"teacher.{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("consistency", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"teacher.{name} must be at least 0 and finite, got {getattr(self, name)}")
+                raise UserError(f"teacher.{name} must be at least 0 and finite, got {getattr(self, name)}")
 
 
 class RandomPropagation(nn.Module):
@@ -142,7 +143,7 @@ def teach(
     """
     config = config or TeacherConfig()
     if config.starts > 1 and not len(graph.splits.get("val", ())):
-        raise ValueError(f"{graph.name}: teacher.starts {config.starts} needs validation nodes to choose by")
+        raise UserError(f"{graph.name}: teacher.starts {config.starts} needs validation nodes to choose by")
     if told is not None:
         told("training the teacher first: seconds to a minute")
     adjacency, x = feature_rows(normalized_adjacency(graph.adjacency)), _features(graph, config.unit_rows)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import is_model, model_entrypoint
 from torch import Tensor
 
+from sparse_mlp.errors import UserError
 from sparse_mlp.models import registered_names
 from sparse_mlp.models._pyramid import CheckpointMismatch, Pyramid, check_fit, unwrap_checkpoint
 
@@ -35,7 +36,7 @@ def convert(state_dict: Mapping[str, Any], model_name: str, use_ema: bool = True
     if not is_model(model_name):
         close = difflib.get_close_matches(model_name, registered_names(), n=1)
         hint = f"; the nearest is {close[0]}" if close else ""
-        raise ValueError(f"no model is called {model_name!r}{hint}")
+        raise UserError(f"no model is called {model_name!r}{hint}")
     filter_fn = getattr(sys.modules[model_entrypoint(model_name).__module__], "checkpoint_filter_fn", None)
     bare = unwrap_checkpoint(state_dict, use_ema)
     with torch.device("meta"):
@@ -64,14 +65,14 @@ def convert_file(source: Path, model_name: str, target: Path, use_ema: bool = Tr
     if not source.is_file():
         raise FileNotFoundError(f"no file {source}")
     if target.suffix != ".safetensors":
-        raise ValueError(f"the target must end in .safetensors, got {target.name}")
+        raise UserError(f"the target must end in .safetensors, got {target.name}")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} into")
     if source.suffix == ".safetensors":
         try:
             checkpoint: Mapping[str, Any] = load_file(source)
         except SafetensorError as error:
-            raise ValueError(f"{source} is no safetensors file: {error}") from error
+            raise UserError(f"{source} is no safetensors file: {error}") from error
     else:
         checkpoint = _load_pickled(source)
     weights = convert(checkpoint, model_name, use_ema)
@@ -85,7 +86,7 @@ def _load_pickled(source: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([Namespace]):
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # foreign, empty, cut short
-        raise ValueError(f"{source} is no checkpoint that can be read without running code in it") from error
+        raise UserError(f"{source} is no checkpoint that can be read without running code in it") from error
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{source} holds a {type(checkpoint).__name__}, not a state dict")
+        raise UserError(f"{source} holds a {type(checkpoint).__name__}, not a state dict")
     return checkpoint

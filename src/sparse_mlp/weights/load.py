@@ -10,6 +10,7 @@ from typing import Any
 from timm.models import load_state_dict
 from torch import nn
 
+from sparse_mlp.errors import UserError
 from sparse_mlp.weights.moco import from_moco
 
 
@@ -40,7 +41,7 @@ def load(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
     }
     if any(problems.values()):
         listed = "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names)
-        raise ValueError(f"the weights in {path} do not fit this model: {len(matched)} matched, {listed}")
+        raise UserError(f"the weights in {path} do not fit this model: {len(matched)} matched, {listed}")
     model.load_state_dict(found)
 
 
@@ -54,7 +55,7 @@ def _read(model: nn.Module, path: Path) -> dict[str, Any]:
     # A damaged or foreign file fails in as many ways as there are formats: pickle, zip, safetensors, missing keys.
     except Exception as error:
         reason = re.split(r"\. |\n", str(error) or type(error).__name__)[0]
-        raise ValueError(f"{path} holds no weights that can be read: {reason}") from error
+        raise UserError(f"{path} holds no weights that can be read: {reason}") from error
     found = from_moco(found)
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return dict(adapt(found, model) if adapt else found)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparse_mlp.errors import UserError
+
 _ENCODER, _MOMENTUM = "base_encoder.", "momentum_encoder."
 _PROJECTORS = ("head.", "fc.")
 
@@ -25,5 +27,5 @@ def from_moco(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         return dict(state_dict)
     encoder = {name.removeprefix(_ENCODER): value for name, value in state_dict.items() if name.startswith(_ENCODER)}
     if not encoder:
-        raise ValueError(f"a MoCo v3 checkpoint without {_ENCODER}*: it has no encoder that was trained")
+        raise UserError(f"a MoCo v3 checkpoint without {_ENCODER}*: it has no encoder that was trained")
     return {name: value for name, value in encoder.items() if not name.startswith(_PROJECTORS)}
