@@ -7,7 +7,7 @@ from sparse_mlp.data.loader import eval_loader, steps_per_epoch, train_loader
 from sparse_mlp.data.mix import BatchMixer, batch_mixer
 from sparse_mlp.data.sets import SETS, ImageData, build_datasets, default_root
 from sparse_mlp.data.spec import InputSpec
-from sparse_mlp.data.views import ViewsConfig, build_views, view_loader
+from sparse_mlp.data.views import ViewsConfig, in_two_views, view_loader
 
 __all__ = [
     "SETS",
@@ -23,9 +23,9 @@ __all__ = [
     "ViewsConfig",
     "batch_mixer",
     "build_datasets",
-    "build_views",
     "default_root",
     "eval_loader",
+    "in_two_views",
     "normalize",
     "read_image",
     "steps_per_epoch",

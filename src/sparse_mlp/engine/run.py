@@ -72,6 +72,21 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def results_path(self) -> Path:
+        return self.path / "results.json"
+
+    def results(self) -> dict[str, Any] | None:
+        """`metrics` of the last evaluation of a run that was trained to its end; None while it was not."""
+        return json.loads(self.results_path.read_text()) if self.results_path.is_file() else None
+
+    def has_checkpoint(self) -> bool:
+        return last_checkpoint(self.checkpoints) is not None
+
+    def is_begun(self) -> bool:
+        """Whether something would be lost if a new run began in the folder: it has taken a step, or has results."""
+        return self.config_path.exists()
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder. ValueError if one does.

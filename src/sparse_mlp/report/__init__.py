@@ -4,17 +4,13 @@ from sparse_mlp.report.compare import write_comparison
 from sparse_mlp.report.report import write_report
 from sparse_mlp.report.run import Run, read_run
 from sparse_mlp.report.samples import Samples, wanted_images
-from sparse_mlp.report.study import Arm, study_figure, study_table
 from sparse_mlp.report.style import save_png
 
 __all__ = [
-    "Arm",
     "Run",
     "Samples",
     "read_run",
     "save_png",
-    "study_figure",
-    "study_table",
     "wanted_images",
     "write_comparison",
     "write_report",

@@ -1,4 +1,4 @@
-"""From a recipe to the objects that a trainer takes."""
+"""From a model's configuration to the model, with its weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import difflib
 import inspect
 import re
 import warnings
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -17,46 +16,15 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from sparse_mlp import weights
-from sparse_mlp.data import ImageData, InputSpec, build_datasets, eval_loader, steps_per_epoch, train_loader
-from sparse_mlp.engine import Loaders, RunFolder
+from sparse_mlp.data import InputSpec
+from sparse_mlp.engine import RunFolder
 from sparse_mlp.errors import UserError
+from sparse_mlp.jobs.recipe import ModelConfig
 from sparse_mlp.models import registered_names
-from sparse_mlp.recipes.recipe import ModelConfig, Recipe
-from sparse_mlp.tasks import Classify, Probe
 from sparse_mlp.tasks.features import skip_final_norm
 
 _FROM_DATA = ("img_size", "in_chans", "num_classes")
 _SHARES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a recipe describes, built."""
-
-    data: ImageData
-    task: Classify
-    loaders: Loaders
-
-
-def build(recipe: Recipe) -> Job:
-    """Open the data, make the model with weights drawn from the recipe's seed, and join them.
-
-    ValueError or FileNotFoundError, one line, for whatever does not exist or fit.
-    """
-    data = build_datasets(recipe.data, recipe.augment)
-    per_epoch = steps_per_epoch(data, recipe.data)
-    torch.manual_seed(recipe.train.seed)
-    model = build_model(recipe.model, data.spec)
-    if recipe.task.frozen and recipe.train.compile:
-        raise UserError("train.compile would be ignored: a frozen backbone only gives its features")
-    task = (Probe if recipe.task.frozen else Classify)(model, recipe.task, class_names=data.classes)
-    loaders = Loaders(
-        train=partial(train_loader, data, recipe.data, recipe.train.seed),
-        evaluate=partial(eval_loader, data, recipe.data),
-        batch_size=recipe.data.batch_size,
-        steps_per_epoch=per_epoch,
-    )
-    return Job(data, task, loaders)
 
 
 def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:

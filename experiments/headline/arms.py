@@ -22,7 +22,8 @@ from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.recipes.finetune import linear_probe
 from sparse_mlp.recipes.pretrain import PretrainRecipe, resolve
-from sparse_mlp.recipes.recipe import ModelConfig, Recipe
+from sparse_mlp.jobs.classify import ClassifyRecipe
+from sparse_mlp.jobs.recipe import ModelConfig
 from sparse_mlp.tasks.classify import ClassifyConfig
 from sparse_mlp.tasks.moco import MocoConfig
 
@@ -116,8 +117,8 @@ def headline_runs(parts: tuple[str, ...] = PARTS, seeds: int = 3) -> Iterator[Na
             yield NamedRun("ablations", arm, _supervised(contestant, seed=0, steps=ABLATION_STEPS))
 
 
-def _supervised(contestant: Contestant, seed: int, steps: int = STEPS, lr: float = 4e-3) -> Recipe:
-    return Recipe(
+def _supervised(contestant: Contestant, seed: int, steps: int = STEPS, lr: float = 4e-3) -> ClassifyRecipe:
+    return ClassifyRecipe(
         name="headline",
         model=contestant.model,
         data=DataConfig(name="cifar10", batch_size=BATCH_SIZE, download=True),
@@ -144,7 +145,7 @@ def _pretrain(contestant: Contestant, seed: int) -> PretrainRecipe:
     )
 
 
-def _linear(contestant: Contestant, seed: int) -> Recipe:
+def _linear(contestant: Contestant, seed: int) -> ClassifyRecipe:
     published = linear_probe()
     return replace(
         published,
@@ -156,11 +157,11 @@ def _linear(contestant: Contestant, seed: int) -> Recipe:
     )
 
 
-def _finetune(contestant: Contestant, seed: int) -> Recipe:
+def _finetune(contestant: Contestant, seed: int) -> ClassifyRecipe:
     return _supervised(contestant, seed, FINETUNE_STEPS, lr=2e-3)
 
 
-def _transfer(contestant: Contestant, seed: int) -> Recipe:
+def _transfer(contestant: Contestant, seed: int) -> ClassifyRecipe:
     recipe = _supervised(contestant, seed, TRANSFER_STEPS, lr=2e-3)
     return replace(recipe, data=DataConfig(name="cifar100_fifth", batch_size=BATCH_SIZE))
 
@@ -178,7 +179,7 @@ _RECIPES: dict[str, Callable[[Contestant, int], Recipe | PretrainRecipe]] = {
 }
 
 
-def headline_sparse() -> Recipe:
+def headline_sparse() -> ClassifyRecipe:
     """The Sparse-MLP of the headline experiment, supervised: 4 epochs of CIFAR-10 (docs/headline.md).
 
     sparse-mlp train headline_sparse
@@ -186,7 +187,7 @@ def headline_sparse() -> Recipe:
     return replace(_supervised(CONTESTANTS["sparse"], seed=0), name="headline_sparse")
 
 
-def headline_mixer() -> Recipe:
+def headline_mixer() -> ClassifyRecipe:
     """The dense Mixer with as many multiply-adds as headline_sparse, trained alike.
 
     sparse-mlp train headline_mixer
