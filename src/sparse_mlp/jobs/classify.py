@@ -28,7 +28,7 @@ from sparse_mlp.data import (
 )
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.images import ImageJob, load_inputs, load_trained, open_images, samples
+from sparse_mlp.jobs.images import ImageJob, file_names, load_inputs, load_trained, open_images, samples
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model, load_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
@@ -80,6 +80,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
     """A timm model learns the classes of images."""
 
     Recipe = ClassifyRecipe
+    scores = ("top1", "top5")
     EvalOptions = ClassifyEvalOptions
     PredictOptions = ClassifyPredictOptions
 
@@ -164,8 +165,8 @@ def evaluate_model(
 
 def with_file_names(predictions: dict[str, np.ndarray], data: ImageData) -> dict[str, np.ndarray]:
     """Predictions with the array `file` where the test images are files."""
-    names = [data.test_file(index) for index in predictions.get("index", np.empty(0, np.int64)).tolist()]
-    return {**predictions, "file": np.array(names)} if names and None not in names else predictions
+    names = file_names(data.test, predictions["index"].tolist()) if predictions else None
+    return {**predictions, "file": np.array(names)} if names else predictions
 
 
 def read_pictures(files: Sequence[Path], spec: InputSpec) -> Iterator[tuple[Path, torch.Tensor]]:

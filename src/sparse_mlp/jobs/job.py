@@ -77,6 +77,9 @@ class Job(ABC, Generic[R]):
     free: ClassVar[frozenset[str]] = frozenset(f"train.{name}" for name in FREE_ON_RESUME)
     """Fields that the weights do not depend on, as dotted names: they may change when a run is resumed."""
 
+    scores: ClassVar[tuple[str, ...]] = ()
+    """Metrics, shares of 1, that runs of this kind are compared by, the most important first."""
+
     task: Task
     loaders: Loaders
 

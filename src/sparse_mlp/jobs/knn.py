@@ -57,6 +57,7 @@ class KnnJob(ImageJob[KnnRecipe]):
     """Each test image is classified by the training images whose features are nearest by cosine."""
 
     Recipe = KnnRecipe
+    scores = ("top1", "top5")
     free: ClassVar[frozenset[str]] = ImageJob.free | {"device"}
 
     def __init__(self, recipe: KnnRecipe, context: Context | None = None) -> None:

@@ -127,6 +127,7 @@ class NodesJob(Job[NodesRecipe]):
     """Graph-MLP learns the classes of a graph's nodes."""
 
     Recipe = NodesRecipe
+    scores = ("top1", "val_top1")
     free: ClassVar[frozenset[str]] = Job.free | {"data.root"}
 
     def __init__(self, recipe: NodesRecipe, context: Context | None = None) -> None:

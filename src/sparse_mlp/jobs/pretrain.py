@@ -63,6 +63,7 @@ class PretrainJob(ImageJob[PretrainRecipe]):
     """A timm model learns from two views of each image, without labels."""
 
     Recipe = PretrainRecipe
+    scores = ("knn_top1",)
 
     def __init__(self, recipe: PretrainRecipe, context: Context | None = None) -> None:
         super().__init__(recipe, context)

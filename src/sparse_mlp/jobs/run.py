@@ -107,7 +107,7 @@ def train(
 
 def resume(
     path: str | Path,
-    changes: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] | Recipe | None = None,
     *,
     datasets: tuple[Dataset, Dataset] | None = None,
     trusted: bool = False,
@@ -117,17 +117,24 @@ def resume(
 
     Args:
         path: the run's folder.
-        changes: fields to change, as in `sparse_mlp.recipe`: those that the weights do not depend on, and a larger
-            train.epochs or train.steps where the schedule can go on.
+        changes: fields to change, as in `sparse_mlp.recipe`, or the changed recipe: those that the weights do not depend
+            on, and a larger train.epochs or train.steps where the schedule can go on.
         datasets: those of a run that was trained on datasets of your own.
         trusted: open the data that the folder names even if that can execute or fetch something.
     """
     run = Run(Path(path))
     stored = run.recipe
-    asked = override(stored, changes or {})
+    asked = changes if isinstance(changes, Recipe) else override(stored, changes or {})
     check_resume(run.path, stored, asked)
     context = Context(run.folder, trusted=trusted, datasets=datasets)
     return _start(asked, context, run.path, resume=True, show=show)
+
+
+def check(recipe: Recipe, out: Path) -> None:
+    """UserError or OSError if a recipe cannot be trained in a new folder; nothing is written."""
+    kind = job_type(recipe.kind)
+    with distributed.join(kind.device_of(recipe)) as device:
+        kind(recipe, Context(trusted=True)).prepare(RunFolder(choose_folder(recipe.name, out, resume=False)), device)
 
 
 def _start(recipe: Recipe, context: Context, out: Path | None, *, resume: bool, show: bool) -> Run:

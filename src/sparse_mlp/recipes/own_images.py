@@ -23,7 +23,7 @@ from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Context, ModelConfig, settle
 from sparse_mlp.jobs.classify import ClassifyRecipe
-from sparse_mlp.jobs.images import open_images
+from sparse_mlp.jobs.images import file_names, open_images
 from sparse_mlp.recipes.facts import Facts
 from sparse_mlp.tasks.classify import ClassifyConfig
 
@@ -46,7 +46,8 @@ def recipe(default: ClassifyRecipe, given: ClassifyRecipe) -> ClassifyRecipe:
     images = len(found.train)  # type: ignore[arg-type]
     model = replace(given.model, pretrained=given.model.weights is None and _can_fetch(given.model.name))
     begun = model.pretrained or model.weights is not None
-    files = found.train_files()
+    names = file_names(found.train, range(0, images, max(1, images // _SAMPLE)))
+    files = [Path(data.root or "", name) for name in names or ()]
     side, grey = _measure(files) if files else (found.spec.image_size, found.spec.channels == 1)
     size = data.image_size or _image_size(given.model.name, side, begun)
     channels = data.channels or (1 if grey else 3)
@@ -84,7 +85,7 @@ def _settings(facts: Facts, begun: bool) -> ClassifyRecipe:
 def _measure(files: Sequence[Path]) -> tuple[int, bool]:
     """The median of the files' shorter sides in pixels, and whether all of them are grey."""
     sides, modes = [], set()
-    for file in files[:: max(1, len(files) // _SAMPLE)]:
+    for file in files:
         try:
             with Image.open(file) as image:
                 sides.append(min(image.size))
