@@ -12,27 +12,33 @@ from sparse_mlp.errors import UserError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, where they lie and how they are served."""
+    """Which images, where they lie and how they are served.
+
+    Every field is for every set unless it says which. A value that the named set would ignore is an error.
+    """
 
     name: str = "digits"
     """digits, cifar10, cifar100, cifar100_fifth, folder (any folder of images, one subfolder a class),
-    or any name timm's create_dataset takes: torch/..., hfds/..., hfids/..., tfds/..., wds/..."""
+    or any name timm's create_dataset takes: torch/..., hfds/..., hfids/..., tfds/..., wds/... Sets that are fetched
+    or can run a program are opened only where a command line names them, not because a run's settings do."""
 
     root: str | None = None
-    """Folder that holds the set. Left out: $SPARSE_MLP_DATA/NAME where that variable is set, else data/NAME."""
+    """Folder that holds the set. Left out: $SPARSE_MLP_DATA/NAME where that variable is set, else data/NAME. Not for
+    digits, which come with scikit-learn."""
 
     image_size: int | None = None
     """Side in pixels of the images the model sees. Left out: the set's own size (folder and timm sets: 224)."""
 
     channels: Literal[1, 3] | None = None
-    """1 reads images as grey, 3 as RGB. Left out: the set's own (folder and timm sets: 3)."""
+    """1 reads images as grey, 3 as RGB (folder and timm sets; elsewhere it must agree with the set). Left out: the
+    set's own (folder and timm sets: 3)."""
 
     batch_size: int = 128
     """Images in one optimiser step, all ranks and accumulation steps together."""
 
     repeats: int = 1
     """Times an image comes in a batch, each time augmented differently: 3 is the repeated augmentation of DeiT's
-    recipe. An epoch stays as long, and so shows one image in so many. Not for streams."""
+    recipe. An epoch stays as long, and so shows one image in so many. Not for streams (hfids/, tfds/, wds/)."""
 
     eval_batch_size: int = 256
     """Images in one evaluation batch, on each rank."""
@@ -42,22 +48,23 @@ class DataConfig:
     memory. The batches do not depend on this number (streams excepted)."""
 
     on_bad_image: Literal["error", "skip"] = "error"
-    """An image of a folder that cannot be read: `error` stops and names it; `skip` names it, takes the next readable
-    image in its place (training) or leaves it out (evaluation), and counts it."""
+    """An image that cannot be read: `error` stops and names it; `skip` names it, takes the next readable image in its
+    place (training) or leaves it out (evaluation), and counts it. For sets read one by one: folder, torch/, hfds/."""
 
     test_share: float | None = None
-    """Share of each class that becomes the test set, where a folder has no train/ and val/ subfolders of its own.
-    Left out: 0.2."""
+    """Share of each class that becomes the test set, where a folder has no train/ and val/ subfolders of its own; 1
+    tests on all and trains on none. For folders without train/. Left out: 0.2."""
 
     label_share: float | None = None
     """Train on this share of each class's images only, 0.01 or 0.1 for instance (semi-supervised learning). The images
-    are drawn with label_seed, the same whatever the seed of the run. Left out: all."""
+    are drawn with label_seed, the same whatever the seed of the run. Not for timm sets. Left out: all."""
 
     label_seed: int = 0
-    """Which images label_share draws."""
+    """Which images label_share draws. Only with label_share."""
 
     download: bool = False
-    """Fetch the set from its public address where it is not in the folder (cifar10, cifar100 and some timm sets)."""
+    """Fetch the set from its public address where it is not in the folder. For cifar10, cifar100, torch/, hfids/ and
+    tfds/."""
 
     train_split: str = "train"
     """Name of the training split of a timm set."""
