@@ -94,10 +94,10 @@ class AugmentConfig:
     """How training images are varied. Everything is drawn from (seed, epoch, image), mixing from (seed, step)."""
 
     pad: int = 0
-    """Shift by up to this many pixels in each direction, black outside (pad-and-crop; sets in memory only)."""
+    """Shift by up to this many of the model's pixels in each direction, black outside (pad and crop)."""
 
     rotate: float = 0.0
-    """Rotate by up to this many degrees to either side (sets in memory only)."""
+    """Rotate by up to this many degrees to either side, black outside."""
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest share of the image's area that a random resized crop keeps."""
@@ -109,7 +109,7 @@ class AugmentConfig:
     """Probability of a left-right flip."""
 
     color_jitter: float = 0.0
-    """Strength of random brightness, contrast and saturation (folder and timm sets only, without auto_augment)."""
+    """Strength, from 0 to 1, of random brightness, contrast and saturation (without auto_augment)."""
 
     auto_augment: str | None = None
     """Policy in timm's notation, for example rand-m9-mstd0.5-inc1 (RandAugment); colour images only."""
@@ -141,12 +141,19 @@ def check_configs(data: DataConfig, augment: AugmentConfig) -> None:
         _between("data.mean", value, 0, 1)
     for value in data.std or ():
         _between("data.std", value, 0, math.inf, open_below=True)
-    for name, most in (("pad", math.inf), ("rotate", 180), ("flip", 1), ("color_jitter", math.inf), ("erase", 1)):
+    for name, most in (("pad", math.inf), ("rotate", 180), ("flip", 1), ("color_jitter", 1), ("erase", 1)):
         _between(f"augment.{name}", getattr(augment, name), 0, most)
     for name, most in (("mixup", math.inf), ("cutmix", math.inf), ("mix_probability", 1), ("cutmix_share", 1)):
         _between(f"augment.{name}", getattr(augment, name), 0, most)
     _rising("augment.crop_scale", augment.crop_scale, 1)
     _rising("augment.crop_ratio", augment.crop_ratio, math.inf)
+    _between("augment.crop_scale", augment.crop_scale[0], 0.01, 1)
+    for value in augment.crop_ratio:
+        _between("augment.crop_ratio", value, 0.1, 10)
+    if augment.pad and (augment.crop_scale, augment.crop_ratio) != ((1.0, 1.0), (1.0, 1.0)):
+        raise UserError("augment.pad and augment.crop_scale (or crop_ratio) both crop; set one of them")
+    if augment.color_jitter and augment.auto_augment:
+        raise UserError("augment.color_jitter is not used together with augment.auto_augment; set one of them")
 
 
 def _between(name: str, value: float | None, least: float, most: float, *, open_below: bool = False) -> None:

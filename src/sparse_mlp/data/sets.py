@@ -264,7 +264,7 @@ def build_files(data: DataConfig, augment: AugmentConfig, train: Any, test: Any,
     if data.channels == 1:
         usual = [(float(np.mean(values)),) for values in usual]
     mean, std = _normalization(data, *usual)
-    training = train_transform(data, augment, size, mean, std)
+    training = train_transform(augment, size, mean, std)
     spec = InputSpec(tuple(classes), len(mean), size, mean, std, data.crop_pct or 0.875)
     evaluation = spec.transform
     if isinstance(train, IterableDataset):
