@@ -35,7 +35,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines(folder: Path, *kinds: str) -> list[dict]:
-    clock = {"time", "images_per_s", "data_time"}
+    clock = {"time", "items_per_s", "data_time"}
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in clock} for line in found if line["kind"] in kinds]
 

@@ -72,7 +72,7 @@ def curve_figures(run: Run) -> dict[str, Figure]:
         ("gradient_norm", "grad_norm", "Gradient norm"),
         ("first_gradient_norm", "first_grad_norm", "Gradient norm of the first layer"),
         ("momentum", "momentum", "Momentum of the key encoder"),
-        ("throughput", "images_per_s", "Images per second"),
+        ("throughput", "items_per_s", "Images per second"),
         ("balance_loss", "balance", "Balance loss, mean over layers"),
     ):
         values = train.get(key)

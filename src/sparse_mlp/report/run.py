@@ -18,7 +18,7 @@ from sparse_mlp.errors import UserError
 
 # Numbers read from the lines of metrics, by kind.
 _PRETRAIN = ("contrast_acc", "feature_std", "momentum", "first_grad_norm")
-_TRAIN = ("loss", "accuracy", "balance", "lr", "grad_norm", "images_per_s", "data_time", *_PRETRAIN)
+_TRAIN = ("loss", "accuracy", "balance", "lr", "grad_norm", "items_per_s", "data_time", *_PRETRAIN)
 _EVAL = ("loss", "top1", "top5", "knn_top1", "knn_top5", "feature_std", "feature_rank")
 _ROUTING = ("dropped", "entropy")
 
@@ -136,7 +136,7 @@ class Run:
     @property
     def images_per_s(self) -> float | None:
         """Median training throughput."""
-        rate = self.train.get("images_per_s")
+        rate = self.train.get("items_per_s")
         return float(np.nanmedian(rate)) if np.isfinite(rate).any() else None
 
 
