@@ -43,12 +43,12 @@ class LineTask(Task):
         return [{"params": list(self.parameters())}]
 
     def evaluate(self, loader: Iterable[dict[str, Tensor]], device: torch.device) -> Evaluation:
-        losses = [float(self(batch)["loss"]) for batch in loader]
+        losses = [self(batch)["loss"].item() for batch in loader]
         return Evaluation({"loss": sum(losses) / len(losses)}, {"slope": self.model.weight.detach().numpy()})
 
 
 class LineJob(Job[LineRecipe]):
-    Recipe = LineRecipe
+    recipe_type = LineRecipe
 
     def __init__(self, recipe: LineRecipe, context: Context | None = None) -> None:
         super().__init__(recipe, context)
@@ -96,7 +96,9 @@ def test_the_verbs_serve_it(run: sparse_mlp.Run, tmp_path: Path, capsys: pytest.
 
 
 def test_it_is_resumed_to_the_bit(run: sparse_mlp.Run, tmp_path: Path) -> None:
-    short = sparse_mlp.train(LineRecipe(train=TrainConfig(steps=20, save_every=5, log_every=5)), tmp_path / "run", show=False)
+    short = sparse_mlp.train(
+        LineRecipe(train=TrainConfig(steps=20, save_every=5, log_every=5)), tmp_path / "run", show=False
+    )
     for checkpoint in sorted((short.path / "checkpoints").iterdir())[1:]:
         checkpoint.rename(tmp_path / checkpoint.name)
     again = sparse_mlp.resume(short.path, show=False)

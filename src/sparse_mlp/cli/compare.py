@@ -103,7 +103,9 @@ def show(runs: Sequence[Run], out: Path) -> None:
     """The table, and the page and figure with the curves of all runs."""
     summaries = [jobs.summarize(entry) for entry in runs]
     metrics = list(dict.fromkeys(name for summary in summaries for name in summary.scores))
-    shown = table("run", *metrics, "steps", "parameters", "mult-adds", "items/s", "busiest expert", numbers=len(metrics) + 5)
+    shown = table(
+        "run", *metrics, "steps", "parameters", "mult-adds", "items/s", "busiest expert", numbers=len(metrics) + 5
+    )
     for entry, summary in zip(runs, summaries, strict=True):
         add_row(
             shown,

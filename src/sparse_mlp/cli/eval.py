@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> int:
 def _evaluate_run(target: str, options: list[str]) -> dict[str, float]:
     found = jobs.Run(Path(target))
     job, folder = found.job, found.folder
-    given: Any = parse(job.EvalOptions, options, prog="eval", description=EVAL, default=job.eval_options(folder))
+    given: Any = parse(job.eval_options_type, options, prog="eval", description=EVAL, default=job.eval_options(folder))
     with distributed.join(given.device) as device:
         return job.evaluate(folder, given, device).metrics
 

@@ -14,13 +14,13 @@ from torch import nn
 from sparse_mlp import jobs
 from sparse_mlp.cli.parse import parse
 from sparse_mlp.cli.showing import console, table
-from sparse_mlp.report.cost import count_macs, count_parameters
 from sparse_mlp.data import InputSpec
 from sparse_mlp.errors import UserError
-from sparse_mlp.moe import MoeMlp
 from sparse_mlp.jobs import ModelConfig
 from sparse_mlp.jobs.images import load_inputs, load_model_config
 from sparse_mlp.jobs.recipe import Arguments
+from sparse_mlp.moe import MoeMlp
+from sparse_mlp.report.cost import count_macs, count_parameters
 
 
 @dataclass(frozen=True)

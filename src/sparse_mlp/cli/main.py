@@ -47,7 +47,9 @@ def _dispatch(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=2)
-        raise UserError(f"unknown verb {name!r}; " + (f"nearest: {', '.join(near)}" if near else "see sparse-mlp --help"))
+        raise UserError(
+            f"unknown verb {name!r}; " + (f"nearest: {', '.join(near)}" if near else "see sparse-mlp --help")
+        )
     module = importlib.import_module(f"sparse_mlp.cli.{name}")
     return module.run(arguments[1:]) or 0
 

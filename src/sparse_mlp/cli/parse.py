@@ -78,7 +78,11 @@ def _unknown(word: str, known: Any, prog: str) -> str:
     if not name.startswith("-"):
         return f"{word!r} is no option of sparse-mlp {prog}"
     near = difflib.get_close_matches(name, _option_names(known), n=3, cutoff=0.6)
-    return f"unknown option {name}" + (f"; nearest: {', '.join(near)}" if near else "") + f" (see sparse-mlp {prog} --help)"
+    return (
+        f"unknown option {name}"
+        + (f"; nearest: {', '.join(near)}" if near else "")
+        + f" (see sparse-mlp {prog} --help)"
+    )
 
 
 def _option_names(value: Any, prefix: str = "--") -> list[str]:

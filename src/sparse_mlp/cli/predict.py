@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
     count = next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments))
     names, options = list(arguments[:count]), list(arguments[count:])
     if asks_help(options) or "-h" in arguments:
-        kind = jobs.Run(Path(names[0])).job.PredictOptions if names else PredictOptions
+        kind = jobs.Run(Path(names[0])).job.predict_options_type if names else PredictOptions
         parse(kind, ["--help"], prog="predict", description=f"{_DESCRIPTION}\n\n--out FILE: write .csv or .json.")
     if len(names) < 2:
         raise UserError("predict takes a run folder and files: sparse-mlp predict RUN FILE ...")
@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> int:
     if output.out is not None and output.out.suffix not in _FORMATS:
         raise UserError(f"--out {output.out} must end in {' or '.join(_FORMATS)}")
     found = jobs.Run(Path(names[0]))
-    given: Any = parse(found.job.PredictOptions, rest, prog="predict", default=found.job.PredictOptions())
+    given: Any = parse(found.job.predict_options_type, rest, prog="predict", default=found.job.predict_options_type())
     rows = found.job.predict(found.folder, names[1:], given)
     if output.out is None:
         _show(rows)

@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
         _resume(given, names, rest)
         return 0
     if not names:
-        raise UserError("which recipe? sparse-mlp train RECIPE (sparse-mlp recipes lists them), or MODEL --data.root FOLDER")
+        raise UserError("which recipe? sparse-mlp train RECIPE (see sparse-mlp recipes), or MODEL --data.root FOLDER")
     if given.trust_data:
         raise UserError("--trust-data would be ignored: a new run's data are named by you")
     recipe = recipes.fit(names[0], partial(change, options=rest))

@@ -11,20 +11,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from sparse_mlp.data.config import AugmentConfig, DataConfig
+from sparse_mlp.data.config import DataConfig
 from sparse_mlp.data.images import ArrayImages, Batch, FileImages
 from sparse_mlp.data.loader import train_loader
 from sparse_mlp.data.randomness import epoch_draws, preserved_generators
-from sparse_mlp.data.sets import ImageData, build_datasets
+from sparse_mlp.data.sets import ImageData
 from sparse_mlp.data.view_transforms import VIEW_DRAWS, BatchView, ViewsConfig, view_transform
 from sparse_mlp.errors import UserError
 
-__all__ = ["ViewsConfig", "build_views", "in_two_views", "view_loader"]
-
-
-def build_views(data: DataConfig, views: ViewsConfig) -> ImageData:
-    """The sets that `data` names, the training images in two views. Errors as `build_datasets`, and options unused."""
-    return in_two_views(build_datasets(data, AugmentConfig()), views)
+__all__ = ["ViewsConfig", "in_two_views", "view_loader"]
 
 
 def in_two_views(built: ImageData, views: ViewsConfig) -> ImageData:

@@ -44,7 +44,7 @@ class RunFolder:
         """
         run = cls(Path(path))
         if run.config_path.exists():
-            if run.has_steps():
+            if run.is_begun():
                 raise FileExistsError(
                     f"{run.path} holds a run already; go on with --resume {run.path} or name another folder"
                 )
@@ -105,7 +105,7 @@ class RunFolder:
 
     def is_begun(self) -> bool:
         """Whether something would be lost if a new run began in the folder: it has taken a step, or has results."""
-        return self.config_path.exists()
+        return self.has_steps() or self.results_path.exists()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ from sparse_mlp.jobs.images import ImageJob, file_names, load_inputs, load_train
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model, load_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
-from sparse_mlp.report import write_predictions_csv, write_report
+from sparse_mlp.report import write_report
 from sparse_mlp.report.cost import count_macs
 from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
 
@@ -79,10 +79,10 @@ class ClassifyPredictOptions(PredictOptions):
 class ClassifyJob(ImageJob[ClassifyRecipe]):
     """A timm model learns the classes of images."""
 
-    Recipe = ClassifyRecipe
+    recipe_type = ClassifyRecipe
     scores = ("top1", "top5")
-    EvalOptions = ClassifyEvalOptions
-    PredictOptions = ClassifyPredictOptions
+    eval_options_type = ClassifyEvalOptions
+    predict_options_type = ClassifyPredictOptions
 
     def __init__(self, recipe: ClassifyRecipe, context: Context | None = None) -> None:
         super().__init__(recipe, context)
@@ -105,8 +105,6 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
         self.log_bad_images()
-        found = self.predictions(evaluation)
-        write_predictions_csv(run.path / "predictions.csv", found, self.data.classes)
 
     def summary(self, evaluation: Evaluation) -> str:
         return f"top-1 {evaluation.metrics['top1']:.2%} of {evaluation.metrics['images']:,.0f} images"

@@ -93,8 +93,9 @@ def open_images(
 
 def file_names(images: Any, index: Sequence[int]) -> list[str] | None:
     """The files of these images of a set; None where they are no files."""
-    names = [getattr(images, "file_name", lambda _: None)(i) for i in index]
-    return None if None in names else names
+    found = [getattr(images, "file_name", lambda _: None)(i) for i in index]
+    names = [name for name in found if name is not None]
+    return names if len(names) == len(found) else None
 
 
 def load_inputs(run: RunFolder) -> InputSpec:

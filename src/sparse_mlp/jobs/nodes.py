@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import scipy.sparse as sp
-import torch
-from torch import Tensor
 
 from sparse_mlp.data.graph_files import load_graph
 from sparse_mlp.data.graphs import (
     Graph,
-    NodeBatches,
     Sampling,
-    add_similar,
-    eval_batches,
-    feature_rows,
-    rows_sum_to_one,
-    trust_edges,
 )
-from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
+from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.job import Context, Job, PredictOptions, Row
-from sparse_mlp.jobs.model import load_weights
+from sparse_mlp.jobs.job import Context, Job
 from sparse_mlp.jobs.recipe import Recipe
 from sparse_mlp.models.graph_mlp import GraphMlp
-from sparse_mlp.report.nodes import write_node_report
-from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
-from sparse_mlp.tasks.teacher import TeacherConfig, teach
+from sparse_mlp.tasks.nodes import NodeLossConfig
+from sparse_mlp.tasks.teacher import TeacherConfig
 
 INPUTS = "inputs.json"
 
@@ -126,7 +114,7 @@ class NodesRecipe(Recipe):
 class NodesJob(Job[NodesRecipe]):
     """Graph-MLP learns the classes of a graph's nodes."""
 
-    Recipe = NodesRecipe
+    recipe_type = NodesRecipe
     scores = ("top1", "val_top1")
     free: ClassVar[frozenset[str]] = Job.free | {"data.root"}
 

@@ -39,7 +39,7 @@ def summarize(run: Run) -> Summary:
         macs, parameters = count_macs(model, spec.channels, spec.image_size)[""], count_parameters(model)
     return Summary(
         scores=scores,
-        steps=measured.steps,
+        steps=measured.last_step,
         parameters=parameters,
         macs=macs,
         items_per_s=measured.images_per_s,

@@ -1,7 +1,7 @@
 """Complete configurations by name: each a function that returns a recipe and says in its docstring what to expect.
 
-A function that takes an argument is given what the user said so far, and fits the rest to it: the weights to begin with,
-or the images. The name of any timm model is a recipe too; see `own_images`.
+A function that takes an argument is given what the user said so far, and fits the rest to it: the weights to begin
+with, or the images. The name of any timm model is a recipe too; see `own_images`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from timm.models import get_pretrained_cfg
 from sparse_mlp.data import AugmentConfig, DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs import Context, ModelConfig, settle
+from sparse_mlp.jobs import Context
 from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.jobs.images import file_names, open_images
 from sparse_mlp.recipes.facts import Facts
@@ -96,7 +96,7 @@ def _measure(files: Sequence[Path]) -> tuple[int, bool]:
 
 
 def _image_size(name: str, side: int, begun: bool) -> int:
-    """The model's own size where it takes no other, has seen it, or a GPU is there; else less, in steps of 32 pixels."""
+    """The model's own size where it takes no other, has seen it, or there is a GPU; else less, in steps of 32."""
     published = get_pretrained_cfg(name)
     own = published.input_size[-1] if published else 224
     if begun or (published is not None and published.fixed_input_size and side >= own):
@@ -114,7 +114,9 @@ def _can_fetch(name: str) -> bool:
         timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever the hub's client makes of a missing network
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        _log.warning("the published weights of %s cannot be fetched here, the training starts from scratch: %s", name, reason)
+        _log.warning(
+            "the published weights of %s cannot be fetched here, the training starts from scratch: %s", name, reason
+        )
         return False
     return True
 
