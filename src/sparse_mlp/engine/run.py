@@ -20,7 +20,7 @@ import torch
 
 from sparse_mlp.engine.checkpoint import clean, last_checkpoint
 from sparse_mlp.errors import UserError
-from sparse_mlp.moe import compiled
+from sparse_mlp.moe import kernels
 
 try:
     import fcntl
@@ -177,7 +177,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "moe_kernels": compiled.state(),
+        "moe_kernels": kernels.state(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
