@@ -85,7 +85,7 @@ def _show(folders: list[Path], out: Path) -> None:
             "-" if measured.top1 is None else f"{measured.top1:.2%}",
             f"{count_parameters(model) / 1e6:.2f} M",
             f"{macs[-1] / 1e6:.1f} M",
-            "-" if measured.images_per_s is None else f"{measured.images_per_s:,.0f}",
+            "-" if measured.items_per_s is None else f"{measured.items_per_s:,.0f}",
             "dense" if busiest is None else f"{busiest:.2f} x its share",
         )
     page = write_comparison(folders, out, macs)

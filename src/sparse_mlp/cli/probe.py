@@ -116,8 +116,8 @@ def _show(kind: str, out: Path | None, found: dict[str, dict[str, float]]) -> No
         assert out is not None, "a linear probe has a run folder"
         measured = read_run(out)
         assert measured.predictions is not None and measured.top1 is not None, "the run was finished"
-        top5 = measured.predictions.in_top5
-        shown.add_row("linear", f"{measured.top1:.2%}", f"{top5.mean():.2%}", f"{len(top5):,}")
+        found_of = measured.predictions
+        shown.add_row("linear", f"{measured.top1:.2%}", f"{found_of.top5:.2%}", f"{len(found_of.target):,}")
     for name, metrics in found.items():
         shown.add_row(name, f"{metrics['top1']:.2%}", f"{metrics['top5']:.2%}", f"{metrics['images']:,}")
     console().print(shown)
