@@ -32,7 +32,7 @@ from sparse_mlp.jobs.images import ImageJob, file_names, load_inputs, load_train
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model, load_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
-from sparse_mlp.report import write_report
+from sparse_mlp.report import write_predictions_csv, write_report
 from sparse_mlp.report.cost import count_macs
 from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
 
@@ -105,6 +105,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
         self.log_bad_images()
+        write_predictions_csv(run.path / "predictions.csv", self.predictions(evaluation), self.data.classes)
 
     def summary(self, evaluation: Evaluation) -> str:
         return f"top-1 {evaluation.metrics['top1']:.2%} of {evaluation.metrics['images']:,.0f} images"

@@ -17,7 +17,7 @@ from sparse_mlp.engine import FREE_ON_RESUME, Evaluation, Loaders, RunFolder, Ta
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.model import load_weights
 from sparse_mlp.jobs.recipe import Recipe, from_json
-from sparse_mlp.report import write_report as write_plain_report
+from sparse_mlp.report import write_plain_report
 
 R = TypeVar("R", bound=Recipe)
 
