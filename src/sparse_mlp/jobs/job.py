@@ -65,8 +65,8 @@ class PredictOptions:
 class Job(ABC, Generic[R]):
     """One run: a recipe, made into a task and its loaders.
 
-    A subclass sets `recipe_type`, builds `task` and `loaders` in its constructor, and has `predict`; the rest has defaults.
-    The constructor raises UserError or OSError, one line, for whatever does not exist or fit: nothing has been written
+    A subclass sets `recipe_type`, builds `task` and `loaders` in its constructor, and has `predict`; the rest has
+    defaults. The constructor raises UserError or OSError, one line, for whatever does not exist or fit: nothing has been written
     by then. `sparse_mlp.jobs.register` makes the class known.
     """
 

@@ -23,7 +23,6 @@ from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.tasks import Classify, extract_features, weighted_knn
 from sparse_mlp.tasks.features import pooled_features
 
-
 _log = logging.getLogger(__name__)
 
 

@@ -94,11 +94,11 @@ def _top5(target: NDArray[Any], logits: NDArray[Any]) -> float | None:
     return float(multiclass_accuracy(scores, labels, classes, average="micro", top_k=5, ignore_index=-1))
 
 
-def read_predictions(path: Path, *, pretraining: bool = False) -> Predictions | None:
-    """Read predictions.npz; None for a pre-training without kNN, whose file has no logits."""
+def read_predictions(path: Path, *, classes: bool = True) -> Predictions | None:
+    """Read predictions.npz. Where the run need not have predicted `classes`, None for a file without logits."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if pretraining and "logits" not in archive:
+            if not classes and "logits" not in archive:
                 return None
             names = ["index", "target", "logits", *(["file"] if "file" in archive else [])]
             arrays = {name: archive[name] for name in names}

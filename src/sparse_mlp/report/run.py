@@ -19,6 +19,8 @@ from sparse_mlp.report.predictions import Floats, Predictions, read_predictions
 _MEASURED = ("train", "eval", "routing")
 _NOT_SCALARS = {"kind", "step", "epoch", "time", "layer", "load", "importance", "split", "what", "ema"}
 
+_CLASSIFIERS = ("classify", "knn", "nodes")  # kinds of run whose predictions are always classes
+
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: stored, but no parameters
 
 
@@ -278,7 +280,7 @@ def _read_predictions(path: Path, notes: list[str], config: dict[str, Any]) -> P
     if not path.is_file():
         notes.append("There is no final evaluation yet (predictions.npz), so nothing is shown per class.")
         return None
-    found = read_predictions(path, pretraining=_is_pretraining(config))
+    found = read_predictions(path, classes=config.get("kind") in _CLASSIFIERS)
     if found is None:
         return None
     labelled = found.labelled()

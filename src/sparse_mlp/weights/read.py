@@ -112,4 +112,5 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         reason = f"it has no {error}"
     elif isinstance(error, IndexError | EOFError | AttributeError | TypeError):
         reason = "it is damaged, or of another layout"
-    return UserError(f"{path} holds no weights that can be read: {re.split(r'[.] |\n', reason)[0]}")
+    first_sentence = re.split(r"[.] |\n", reason)[0]
+    return UserError(f"{path} holds no weights that can be read: {first_sentence}")
