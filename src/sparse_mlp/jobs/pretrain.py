@@ -21,14 +21,13 @@ from sparse_mlp.data import (
     InputSpec,
     ViewsConfig,
     eval_loader,
-    find_images,
     in_two_views,
     steps_per_epoch,
     view_loader,
 )
 from sparse_mlp.engine import Batch, Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.classify import read_pictures
+from sparse_mlp.jobs.classify import predict_pictures
 from sparse_mlp.jobs.images import ImageJob, load_inputs, load_trained, open_images
 from sparse_mlp.jobs.job import Context, PredictOptions, Row
 from sparse_mlp.jobs.model import build_model, load_weights
@@ -95,16 +94,15 @@ class PretrainJob(ImageJob[PretrainRecipe]):
         return ", ".join([*parts, f"features vary in {metrics['feature_rank']:.0f} directions"])
 
     @classmethod
-    @torch.no_grad()
     def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
         """The pooled features of each image, `feature_0`, `feature_1`, ...: the run has learned no classes."""
-        found = find_images(files)
         backbone = load_trained(run, options.checkpoint)
-        rows: list[Row] = []
-        for file, image in read_pictures(found, load_inputs(run)):
-            features = pooled_features(backbone, image[None])[0].tolist()
-            rows.append({"file": str(file), **{f"feature_{i}": round(value, 6) for i, value in enumerate(features)}})
-        return rows
+
+        def features(images: torch.Tensor) -> list[Row]:
+            rows = pooled_features(backbone, images).tolist()
+            return [{f"feature_{i}": round(value, 6) for i, value in enumerate(row)} for row in rows]
+
+        return predict_pictures(files, load_inputs(run), features)
 
     @classmethod
     def report(cls, run: RunFolder) -> Path:

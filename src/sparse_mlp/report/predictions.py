@@ -65,7 +65,7 @@ def reduce_predictions(arrays: Mapping[str, NDArray[Any]], source: str = "predic
     UserError, which names `source`, for shapes that do not fit each other or targets that are no classes.
     """
     index, target, logits = (arrays[name] for name in ("index", "target", "logits"))
-    file = [str(name) for name in arrays["file"]] if "file" in arrays else None
+    file = [str(name) for name in arrays["file_name"]] if "file_name" in arrays else None
     sizes = {len(index), len(target), len(logits), len(target if file is None else file)}
     if logits.ndim != 2 or len(sizes) != 1:
         raise UserError(f"{source}: index {index.shape}, target {target.shape} and logits {logits.shape} do not fit")
@@ -100,7 +100,7 @@ def read_predictions(path: Path, *, classes: bool = True) -> Predictions | None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not classes and "logits" not in archive:
                 return None
-            names = ["index", "target", "logits", *(["file"] if "file" in archive else [])]
+            names = ["index", "target", "logits", *(["file_name"] if "file_name" in archive else [])]
             arrays = {name: archive[name] for name in names}
     except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a predictions file: {' '.join(str(error).split())}") from error
