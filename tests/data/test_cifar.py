@@ -109,7 +109,7 @@ def test_labels_out_of_range_are_one_line(cifar100: Path, monkeypatch: pytest.Mo
     content["fine_labels"][3] = 100
     path.write_bytes(pickle.dumps(content))
     monkeypatch.setattr(CIFAR100, "train_list", [["train", hashlib.md5(path.read_bytes()).hexdigest()]])
-    with pytest.raises(OSError, match="has training labels of cifar100 that are not integers in 0..99$"):
+    with pytest.raises(OSError, match=r"has training labels of cifar100 that are not integers in 0\.\.99$"):
         build_datasets(DataConfig(name="cifar100", root=str(cifar100)), AugmentConfig())
 
 
@@ -119,7 +119,7 @@ def test_as_many_labels_as_images(cifar100: Path, monkeypatch: pytest.MonkeyPatc
     content["fine_labels"] = content["fine_labels"][1:]
     path.write_bytes(pickle.dumps(content))
     monkeypatch.setattr(CIFAR100, "train_list", [["train", hashlib.md5(path.read_bytes()).hexdigest()]])
-    with pytest.raises(OSError, match="has 20 training images of cifar100 and 19 labels$"):
+    with pytest.raises(OSError, match=r"has 20 training images of cifar100 and 19 labels$"):
         build_datasets(DataConfig(name="cifar100", root=str(cifar100)), AugmentConfig())
 
 

@@ -41,6 +41,7 @@ class ImageData:
     """What was left out or is missing, a line each, for the caller to print."""
 
     names: Mapping[str, list[str]] = field(default_factory=dict)
+    """What `split` gives."""
 
     @property
     def classes(self) -> list[str]:
