@@ -49,7 +49,8 @@ class Trainer:
     ) -> None:
         """ValueError for configurations that cannot be, or whose options would be ignored."""
         check_configs(optim, schedule, train)
-        _check_batch_size(loaders.batch_size, train.grad_accum)
+        if not loaders.replicated:
+            _check_batch_size(loaders.batch_size, train.grad_accum)
         if train.minutes is None:  # else nobody knows yet how many updates there will be
             warmup_updates(schedule, _count_steps(train, loaders), loaders.steps_per_epoch)
         self.loaders, self.run = loaders, run
