@@ -17,14 +17,7 @@ import torch
 from torch import Tensor
 
 from sparse_mlp import distributed
-from sparse_mlp.engine import (
-    Evaluation,
-    Loaders,
-    OptimConfig,
-    RunFolder,
-    ScheduleConfig,
-    TrainConfig,
-)
+from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.engine.run import naming
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import Context, EvalOptions, Job, PredictOptions, Row
