@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sparse_mlp.report.analysis import balance
-from sparse_mlp.report.compare import compute
+from sparse_mlp.report.compare_curves import compute
 from sparse_mlp.report.curves import percent, plain, round_ticks
 from sparse_mlp.report.run import Run
 from sparse_mlp.report.style import RUN_STYLES, panel, styled
@@ -89,8 +89,8 @@ def difference(arm: Arm, first: Arm) -> str:
 def busiest(runs: Sequence[Run]) -> str:
     """The largest load of any expert of any layer, over its fair share; the mean over the runs."""
     loads = [max(balance(layer.final_load()).busiest for layer in run.routing.values()) for run in runs if run.routing]
-    if not any(loads):
-        return "not measured" if loads else "dense"  # a frozen model measures no routing
+    if not loads:
+        return "not measured" if any(run.has_experts for run in runs) else "dense"  # a frozen model measures none
     return f"{mean(loads):.2f} x"
 
 

@@ -89,7 +89,7 @@ def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("download", [False, True])
 def test_the_official_layout_of_cifar100(cifar100: Path, download: bool):
     config = DataConfig(name="cifar100", root=str(cifar100), download=download)  # nothing to fetch: all is there
-    data = build_datasets(config, AugmentConfig())
+    data = build_datasets(config, AugmentConfig(), trusted=True)
     pixels = np.random.default_rng(20).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
     assert np.array_equal(data.train.images.numpy(), pixels)
     assert data.train.labels.tolist() == [5 * i for i in range(20)], "the fine ones"
@@ -99,7 +99,7 @@ def test_the_official_layout_of_cifar100(cifar100: Path, download: bool):
 def test_a_download_that_fails_is_one_line(cifar100: Path, capfd: pytest.CaptureFixture[str]):
     (cifar100 / CIFAR100.base_folder / "train").unlink()
     with pytest.raises(FileNotFoundError, match=r"CIFAR100 is not in \S+: expected .*; the download failed") as error:
-        build_datasets(DataConfig(name="cifar100", root=str(cifar100), download=True), AugmentConfig())
+        build_datasets(DataConfig(name="cifar100", root=str(cifar100), download=True), AugmentConfig(), trusted=True)
     assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
 
 

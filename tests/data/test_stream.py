@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 
 from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, build_datasets, eval_loader, steps_per_epoch
 from sparse_mlp.data import train_loader as loader
-from sparse_mlp.data.sets import _build_files
+from sparse_mlp.data.sets import build_files
 from sparse_mlp.data.views import ViewsConfig, in_two_views, view_loader
 
 CONFIG = DataConfig(name="wds/counted", image_size=16, batch_size=4, eval_batch_size=5, num_classes=3)
@@ -47,7 +47,7 @@ class Reader:
 def build(train: int = 18, told: int | None = None, mixup: float = 0.0) -> ImageData:
     sets = [IterableImageDataset("", reader=Reader(train, told)), IterableImageDataset("", reader=Reader(12))]
     augment = AugmentConfig(crop_scale=(0.3, 1.0), flip=0.5, erase=0.5, mixup=mixup)
-    return _build_files(CONFIG, augment, *sets, classes=["a", "b", "c"])
+    return build_files(CONFIG, augment, *sets, classes=["a", "b", "c"])
 
 
 def test_an_epoch_has_its_whole_batches():

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file
 
+from sparse_mlp.cli.main import main
 from sparse_mlp.data.edges import planted_graph
 from sparse_mlp.data.graph_config import GraphConfig
 from sparse_mlp.data.graph_files import NAMES, load_graph
@@ -258,7 +259,6 @@ def test_a_teacher_that_cannot_be_leaves_no_folder(distilled, tmp_path):
         ("model", {"drop_rate": 1.5}, "drop_rate must be at least 0 and below 1, got 1.5"),
         ("model", {"top_k": 2}, "would be ignored: model.num_experts is 0"),
         ("model", {"num_experts": 2, "top_k": 3}, "top_k"),
-        ("task", {"distill": 1.0}, "needs a teacher, but the recipe has none"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_no_folder(recipe, tmp_path, part, changes, message):
@@ -266,6 +266,11 @@ def test_mistakes_are_one_line_and_leave_no_folder(recipe, tmp_path, part, chang
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         train(wrong, tmp_path / "run", show=False)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_options_of_a_teacher_that_is_not_trained_are_refused(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"teacher would be ignored: task\.distill is 0"):
+        train(replace(recipe, teacher=TEACHER), tmp_path / "run", show=False)
 
 
 @pytest.mark.parametrize(
@@ -289,17 +294,35 @@ def test_a_recipe_goes_through_json(distilled):
         assert from_json(NodesRecipe, json.loads(json.dumps(to_json(recipe)))) == recipe
 
 
+def test_the_verbs_serve_it(folder, tmp_path, capsys):
+    """The options of graph, teacher and network on the command line; a CSV of predictions."""
+    options = ["--data.source", str(folder), "--data.batch-size", "200", "--train.steps", "4", "--train.device", "cpu"]
+    options += ["--task.distill", "10", "--teacher.epochs", "5", "--teacher.hops", "2", "--train.threads", "1"]
+    assert main(["train", "graph", "--out", str(tmp_path / "run"), *options]) == 0
+    run = Run(tmp_path / "run")
+    assert run.recipe.teacher == TeacherConfig(epochs=5, hops=2)
+    capsys.readouterr()
+    assert main(["eval", str(run.path)]) == 0 and f"{run.metrics['loss']:.4f}" in capsys.readouterr().out
+    assert main(["report", str(run.path)]) == 0
+    np.save(tmp_path / "new.npy", np.zeros((3, 8), np.float32))
+    assert main(["predict", str(run.path), str(tmp_path / "new.npy"), "--out", str(tmp_path / "out.csv")]) == 0
+    assert (tmp_path / "out.csv").read_text().splitlines()[0] == "node,class,probability"
+    assert main(["train", "graph"]) == 2
+    error = capsys.readouterr().err
+    assert "which graph? --data.source FILE" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_named_graph_has_a_recipe_with_a_teacher(name):
     recipe = getattr(graphs, name)()
-    assert (recipe.name, recipe.data.source) == (name, name) and recipe.teacher is not None
+    assert (recipe.name, recipe.data.source) == (name, name)
     assert recipe.task.distill > 0 and recipe.schedule.sched == "cosine"
     assert f"sparse-mlp train {name}" in getattr(graphs, name).__doc__
 
 
 def test_a_graph_of_ones_own_has_the_published_setting():
     recipe = graphs.graph()
-    assert (recipe.teacher, recipe.task.distill, recipe.optim.weight_decay) == (None, 0.0, 5e-3)
+    assert (recipe.task.distill, recipe.optim.weight_decay) == (0.0, 5e-3)
 
 
 @pytest.mark.parametrize("gone", ["scipy", "torch_geometric"])

@@ -4,7 +4,8 @@ from sparse_mlp.jobs.job import Context, EvalOptions, Job, PredictOptions, Row
 from sparse_mlp.jobs.kinds import job_type, register
 from sparse_mlp.jobs.model import build_model, check_model_name, load_model, load_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe, differences, from_json, override, settle, to_json
-from sparse_mlp.jobs.run import Run, kind_of, resume, train
+from sparse_mlp.jobs.run import Run, check, check_resume, kind_of, resume, train
+from sparse_mlp.jobs.summary import Summary, summarize
 
 __all__ = [
     "Context",
@@ -15,8 +16,11 @@ __all__ = [
     "Recipe",
     "Row",
     "Run",
+    "Summary",
     "build_model",
+    "check",
     "check_model_name",
+    "check_resume",
     "differences",
     "from_json",
     "job_type",
@@ -27,6 +31,7 @@ __all__ = [
     "register",
     "resume",
     "settle",
+    "summarize",
     "to_json",
     "train",
 ]

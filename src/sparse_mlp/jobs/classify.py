@@ -28,7 +28,7 @@ from sparse_mlp.data import (
 )
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.images import ImageJob, load_inputs, load_trained, open_images, samples
+from sparse_mlp.jobs.images import ImageJob, file_names, load_inputs, load_trained, open_images, samples
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model, load_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
@@ -79,9 +79,10 @@ class ClassifyPredictOptions(PredictOptions):
 class ClassifyJob(ImageJob[ClassifyRecipe]):
     """A timm model learns the classes of images."""
 
-    Recipe = ClassifyRecipe
-    EvalOptions = ClassifyEvalOptions
-    PredictOptions = ClassifyPredictOptions
+    recipe_type = ClassifyRecipe
+    scores = ("top1", "top5")
+    eval_options_type = ClassifyEvalOptions
+    predict_options_type = ClassifyPredictOptions
 
     def __init__(self, recipe: ClassifyRecipe, context: Context | None = None) -> None:
         super().__init__(recipe, context)
@@ -104,8 +105,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
         self.log_bad_images()
-        found = self.predictions(evaluation)
-        write_predictions_csv(run.path / "predictions.csv", found, self.data.classes)
+        write_predictions_csv(run.path / "predictions.csv", self.predictions(evaluation), self.data.classes)
 
     def summary(self, evaluation: Evaluation) -> str:
         return f"top-1 {evaluation.metrics['top1']:.2%} of {evaluation.metrics['images']:,.0f} images"
@@ -164,8 +164,8 @@ def evaluate_model(
 
 def with_file_names(predictions: dict[str, np.ndarray], data: ImageData) -> dict[str, np.ndarray]:
     """Predictions with the array `file` where the test images are files."""
-    names = [data.test_file(index) for index in predictions.get("index", np.empty(0, np.int64)).tolist()]
-    return {**predictions, "file": np.array(names)} if names and None not in names else predictions
+    names = file_names(data.test, predictions["index"].tolist()) if predictions else None
+    return {**predictions, "file": np.array(names)} if names else predictions
 
 
 def read_pictures(files: Sequence[Path], spec: InputSpec) -> Iterator[tuple[Path, torch.Tensor]]:

@@ -31,7 +31,7 @@ R = TypeVar("R", bound=Recipe)
 INPUTS, SPLIT = "inputs.json", "split.json"
 """Names of files in a run folder: what the model is given, and which images it was trained and tested on."""
 
-OWN_DATASETS = "datasets"
+OWN_DATASETS = "own"
 """What data.name becomes in the configuration of a run on a user's own datasets."""
 
 
@@ -46,6 +46,16 @@ class ImageJob(Job[R]):
     }
 
     data: ImageData
+
+    def __init__(self, recipe: R, context: Context | None = None) -> None:
+        if context is not None and context.datasets is not None:
+            recipe = replace(recipe, data=replace(recipe.data, name=OWN_DATASETS))  # type: ignore[attr-defined,call-arg]
+        super().__init__(recipe, context)
+
+    def prepare(self, run: RunFolder, device: torch.device) -> None:
+        for note in self.data.notes:
+            _log.info(note)
+        super().prepare(run, device)
 
     def inputs(self) -> dict[str, Any]:
         split = self.data.split()
@@ -79,6 +89,13 @@ def open_images(
         raise UserError("the run was trained on datasets of a program's own: pass them as `datasets` again")
     split = load_split(context.run) if context.run is not None else None
     return build_datasets(data, augment, split=split, classes=classes, trusted=context.trusted)
+
+
+def file_names(images: Any, index: Sequence[int]) -> list[str] | None:
+    """The files of these images of a set; None where they are no files."""
+    found = [getattr(images, "file_name", lambda _: None)(i) for i in index]
+    names = [name for name in found if name is not None]
+    return names if len(names) == len(found) else None
 
 
 def load_inputs(run: RunFolder) -> InputSpec:

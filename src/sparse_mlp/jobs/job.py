@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -17,7 +17,7 @@ from sparse_mlp.engine import FREE_ON_RESUME, Evaluation, Loaders, RunFolder, Ta
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.model import load_weights
 from sparse_mlp.jobs.recipe import Recipe, from_json
-from sparse_mlp.report import write_report as write_plain_report
+from sparse_mlp.report import write_plain_report
 
 R = TypeVar("R", bound=Recipe)
 
@@ -65,17 +65,20 @@ class PredictOptions:
 class Job(ABC, Generic[R]):
     """One run: a recipe, made into a task and its loaders.
 
-    A subclass sets `Recipe`, builds `task` and `loaders` in its constructor (UserError or OSError, one line, for whatever
-    does not exist or fit: nothing has been written by then), and has `predict`; the rest has defaults. It is made known
-    by `sparse_mlp.jobs.register`.
+    A subclass sets `recipe_type`, builds `task` and `loaders` in its constructor, and has `predict`; the rest has
+    defaults. The constructor raises UserError or OSError, one line, for whatever does not exist or fit: nothing has been written
+    by then. `sparse_mlp.jobs.register` makes the class known.
     """
 
-    Recipe: ClassVar[type[Recipe]]
-    EvalOptions: ClassVar[type[EvalOptions]] = EvalOptions
-    PredictOptions: ClassVar[type[PredictOptions]] = PredictOptions
+    recipe_type: ClassVar[type[Recipe]]
+    eval_options_type: ClassVar[type[EvalOptions]] = EvalOptions
+    predict_options_type: ClassVar[type[PredictOptions]] = PredictOptions
 
     free: ClassVar[frozenset[str]] = frozenset(f"train.{name}" for name in FREE_ON_RESUME)
     """Fields that the weights do not depend on, as dotted names: they may change when a run is resumed."""
+
+    scores: ClassVar[tuple[str, ...]] = ()
+    """Metrics, shares of 1, that runs of this kind are compared by, the most important first."""
 
     task: Task
     loaders: Loaders
@@ -118,14 +121,14 @@ class Job(ABC, Generic[R]):
     def stored(cls, run: RunFolder) -> R:
         """The recipe that a run folder was made with. UserError naming the file if it does not parse."""
         try:
-            return from_json(cls.Recipe, run.config())  # type: ignore[return-value]
+            return from_json(cls.recipe_type, run.config())  # type: ignore[return-value]
         except UserError as error:
             raise UserError(f"{run.config_path}: {error}") from error
 
     @classmethod
     def eval_options(cls, run: RunFolder) -> EvalOptions:
         """The options of an evaluation as they are if nothing is given."""
-        return cls.EvalOptions()
+        return cls.eval_options_type()
 
     @classmethod
     def evaluate(cls, run: RunFolder, options: EvalOptions, device: torch.device) -> Evaluation:
@@ -147,7 +150,7 @@ class Job(ABC, Generic[R]):
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:
         """Write the run's model for use without this package's commands; returns how it is loaded."""
-        raise UserError(f"a run of the kind {cls.Recipe.kind} has nothing to export")
+        raise UserError(f"a run of the kind {cls.recipe_type.kind} has nothing to export")
 
 
 def evaluation_batches(loaders: Loaders) -> Any:

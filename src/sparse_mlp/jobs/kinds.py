@@ -24,7 +24,7 @@ def register(job: type[Job]) -> type[Job]:
 
     ValueError if another class has that name.
     """
-    kind = job.Recipe.kind
+    kind = job.recipe_type.kind
     if _KINDS.get(kind, job) is not job:
         raise ValueError(f"there is a kind of run {kind!r} already")
     _KINDS[kind] = job
@@ -35,7 +35,9 @@ def job_type(kind: str) -> type[Job]:
     """The job class of a kind. UserError with the nearest names if there is none."""
     if kind not in _KINDS:
         near = difflib.get_close_matches(kind, _KINDS, n=1)
-        raise UserError(f"unknown kind of run {kind!r}; " + (f"nearest: {near[0]}" if near else f"known: {', '.join(_KINDS)}"))
+        raise UserError(
+            f"unknown kind of run {kind!r}; " + (f"nearest: {near[0]}" if near else f"known: {', '.join(_KINDS)}")
+        )
     found = _KINDS[kind]
     if isinstance(found, str):
         module, name = found.split(":")

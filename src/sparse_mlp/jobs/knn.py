@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -21,6 +22,8 @@ from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.tasks import Classify, extract_features, weighted_knn
 from sparse_mlp.tasks.features import pooled_features
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class KnnRecipe(Recipe):
 class KnnJob(ImageJob[KnnRecipe]):
     """Each test image is classified by the training images whose features are nearest by cosine."""
 
-    Recipe = KnnRecipe
+    recipe_type = KnnRecipe
+    scores = ("top1", "top5")
     free: ClassVar[frozenset[str]] = ImageJob.free | {"device"}
 
     def __init__(self, recipe: KnnRecipe, context: Context | None = None) -> None:
@@ -86,7 +90,7 @@ class KnnJob(ImageJob[KnnRecipe]):
             "images": len(target),
         }
         if distributed.is_main():
-            with MetricsLog(run, 0) as log:
+            with MetricsLog(run, 0, _log.warning) as log:
                 log.write("eval", 0, 0.0, 0.0, {"split": "test", **metrics, "ema": False})
         logits = shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
         return Evaluation(metrics, {"index": index.numpy(), "target": target.numpy(), "logits": logits.numpy()})

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ if missing := [name for name in ("scipy", "torch_geometric") if find_spec(name) 
 
 from sparse_mlp.data.edges import add_similar, trust_edges
 from sparse_mlp.data.graph_config import GraphConfig, load_configured
-from sparse_mlp.data.graph_files import check_features, read_features
+from sparse_mlp.data.graph_files import NAMES, check_features, read_features
 from sparse_mlp.data.graphs import Graph, feature_rows, rows_sum_to_one
 from sparse_mlp.data.node_batches import NodeBatches, eval_batches
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
@@ -75,7 +75,7 @@ class NodesRecipe(Recipe):
     data: GraphConfig = field(default_factory=GraphConfig)
     model: NetworkConfig = field(default_factory=NetworkConfig)
     task: NodeLossConfig = field(default_factory=NodeLossConfig)
-    teacher: TeacherConfig | None = None
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The network whose probabilities are learned with the weight task.distill. Not trained where that is 0."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(opt="adam", lr=1e-3, weight_decay=5e-3))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(sched="constant"))
@@ -87,7 +87,8 @@ class NodesRecipe(Recipe):
 class NodesJob(Job[NodesRecipe]):
     """Graph-MLP learns the classes of a graph's nodes, after a teacher where there is one."""
 
-    Recipe = NodesRecipe
+    recipe_type = NodesRecipe
+    scores = ("top1", "val_top1")
     free: ClassVar[frozenset[str]] = Job.free | {"data.root"}
 
     def __init__(self, recipe: NodesRecipe, context: Context | None = None) -> None:
@@ -97,9 +98,8 @@ class NodesJob(Job[NodesRecipe]):
         self.graph = graph = load_configured(config)
         if not len(graph.labelled("val")) + len(graph.labelled("test")):
             raise UserError(f"{graph.name}: there are no validation or test nodes with a label to evaluate on")
-        self.teacher = recipe.teacher if recipe.task.distill else None
-        if self.teacher is not None:
-            check_teacher(graph, self.teacher)
+        if recipe.task.distill:
+            check_teacher(graph, recipe.teacher)
         if config.trust is not None:
             self.graph = trust_edges(self.graph, config.trust)
         if config.similar is not None:
@@ -130,8 +130,8 @@ class NodesJob(Job[NodesRecipe]):
 
     def inputs(self) -> dict[str, Any]:
         graph = self.graph
-        sizes = {"nodes": graph.num_nodes, "edges": graph.num_edges}
-        model = {"features": graph.features.shape[1], "classes": graph.num_classes}
+        sizes = {"num_nodes": graph.num_nodes, "num_edges": graph.num_edges}
+        model = {"num_features": graph.features.shape[1], "num_classes": graph.num_classes}
         return {INPUTS: {"name": graph.name, **sizes, **model, "row_normalize": graph.row_normalized}}
 
     def fit(self, run: RunFolder, device: torch.device, *, resume: bool, show: bool) -> Evaluation:
@@ -141,21 +141,19 @@ class NodesJob(Job[NodesRecipe]):
             lines = (f"{graph.name}: {graph.num_nodes} nodes, {graph.num_edges} edges", *graph.notes)
             for line in lines:
                 _log.info(line)
-        if self.teacher is not None:
-            self.probabilities = self._teach(self.teacher, run, device, resume=resume, show=show)
+        if self.recipe.task.distill:
+            self.probabilities = self._fit_teacher(run, device, resume=resume, show=show)
         return super().fit(run, device, resume=resume, show=show)
 
-    def _teach(
-        self, config: TeacherConfig, run: RunFolder, device: torch.device, *, resume: bool, show: bool
-    ) -> np.ndarray:
+    def _fit_teacher(self, run: RunFolder, device: torch.device, *, resume: bool, show: bool) -> np.ndarray:
         """The teacher's probabilities (N, C): those that the run folder holds, else of a teacher trained now."""
         path = run.path / TEACHER
         if not resume:
             distributed.on_main(lambda: _remove_teacher(run))
         elif distributed.on_main(path.is_file):
             return _read_probabilities(path, self.graph)
-        train = self.recipe.train
-        found = train_teacher(self.graph, config, train, run, device, resume=resume, show=show)
+        recipe = self.recipe
+        found = train_teacher(self.graph, recipe.teacher, recipe.train, run, device, resume=resume, show=show)
         distributed.on_main(lambda: _write_probabilities(path, found))
         return found
 
@@ -169,7 +167,7 @@ class NodesJob(Job[NodesRecipe]):
         """On the validation and test nodes of the run's graph."""
         recipe = cls.stored(run)
         model, graph = _load_network(run, recipe, options.checkpoint), load_configured(recipe.data)
-        check_features(graph.features, read_inputs(run)["features"], graph.name)
+        check_features(graph.features, read_inputs(run)["num_features"], graph.name)
         batches = eval_batches(graph, rank=distributed.rank(), world_size=distributed.world_size())
         return NodeClassify(model, recipe.task).to(device).evaluate(batches, device)
 
@@ -180,7 +178,7 @@ class NodesJob(Job[NodesRecipe]):
         model = _load_network(run, cls.stored(run), options.checkpoint)
         rows: list[Row] = []
         for file in files:
-            features = read_features(Path(file), inputs["features"])
+            features = read_features(Path(file), inputs["num_features"])
             if inputs["row_normalize"]:
                 features = rows_sum_to_one(features, file)
             with torch.no_grad():
@@ -198,7 +196,7 @@ class NodesJob(Job[NodesRecipe]):
         if not run.metrics_path.is_file():
             raise UserError(f"{run.path} has nothing to report yet: the training has not begun")
         recipe, inputs = cls.stored(run), read_inputs(run)
-        test, logits = np.empty(0, np.int64), np.empty((0, inputs["classes"]), np.float32)
+        test, logits = np.empty(0, np.int64), np.empty((0, inputs["num_classes"]), np.float32)
         target, embedding = test, np.empty((0, recipe.model.hidden_dim), np.float32)
         if run.has_checkpoint():
             model, graph = _load_network(run, recipe), load_configured(recipe.data)
@@ -208,7 +206,9 @@ class NodesJob(Job[NodesRecipe]):
                 hidden = model.forward_features(feature_rows(graph.features, test))
                 embedding, logits = hidden.numpy(), model.forward_head(hidden).numpy()
         predictions = {"index": test, "target": target, "logits": logits}
-        return write_node_report(run.path, inputs["name"], inputs["nodes"], inputs["edges"], embedding, predictions)
+        return write_node_report(
+            run.path, inputs["name"], inputs["num_nodes"], inputs["num_edges"], embedding, predictions
+        )
 
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:
@@ -222,7 +222,7 @@ class NodesJob(Job[NodesRecipe]):
         given = {name: value for name, value in vars(recipe.model).items() if value != getattr(NetworkConfig, name)}
         arguments = "".join(f", {name}={value!r}" for name, value in given.items())
         return (
-            f"model = sparse_mlp.models.graph_mlp.GraphMlp({inputs['features']}, {inputs['classes']}{arguments})\n"
+            f"model = sparse_mlp.models.graph_mlp.GraphMlp({inputs['num_features']}, {inputs['num_classes']}{arguments})\n"
             f"model.load_state_dict(safetensors.torch.load_file({str(target)!r}))"
         )
 
@@ -236,8 +236,9 @@ def _check(recipe: NodesRecipe) -> None:
         )
     if train.amp is not None:
         raise UserError(f"train.amp {train.amp} is not for node runs; task.similarity bfloat16 is where the time goes")
-    if recipe.teacher is None and recipe.task.distill:
-        raise UserError(f"task.distill {recipe.task.distill} needs a teacher, but the recipe has none; set a teacher")
+    # The recipes of named graphs have a teacher of their own, which is not used where a user turns distillation off.
+    if not recipe.task.distill and recipe.teacher != TeacherConfig() and recipe.data.source.lower() not in NAMES:
+        raise UserError("the options of teacher would be ignored: task.distill is 0, there is no teacher")
 
 
 def build_network(config: NetworkConfig, features: int, classes: int) -> GraphMlp:
@@ -262,7 +263,7 @@ def read_inputs(run: RunFolder) -> dict[str, Any]:
 def _load_network(run: RunFolder, recipe: NodesRecipe, checkpoint: Path | None = None) -> GraphMlp:
     """The network of a run with its newest weights, or those of a file or another run; in evaluation mode."""
     inputs = read_inputs(run)
-    model = build_network(recipe.model, inputs["features"], inputs["classes"])
+    model = build_network(recipe.model, inputs["num_features"], inputs["num_classes"])
     load_weights(model, checkpoint or run.path)
     return model.eval()
 

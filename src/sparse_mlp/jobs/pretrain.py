@@ -22,8 +22,8 @@ from sparse_mlp.data import (
     ViewsConfig,
     eval_loader,
     find_images,
-    steps_per_epoch,
     in_two_views,
+    steps_per_epoch,
     view_loader,
 )
 from sparse_mlp.engine import Batch, Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
@@ -62,13 +62,16 @@ class PretrainRecipe(Recipe):
 class PretrainJob(ImageJob[PretrainRecipe]):
     """A timm model learns from two views of each image, without labels."""
 
-    Recipe = PretrainRecipe
+    recipe_type = PretrainRecipe
+    scores = ("knn_top1",)
 
     def __init__(self, recipe: PretrainRecipe, context: Context | None = None) -> None:
         super().__init__(recipe, context)
         parts, size = recipe.train.grad_accum, recipe.data.batch_size
         if parts != 1:
-            raise UserError(f"train.grad_accum {parts}: an image is contrasted with its whole batch, which is not split")
+            raise UserError(
+                f"train.grad_accum {parts}: each image is contrasted with the whole batch, which stays whole"
+            )
         if size < 2:
             raise UserError(f"data.batch_size {size} is too small for batch norm and a contrast; from 2 on")
         self.data = data = in_two_views(open_images(recipe.data, AugmentConfig(), self.context), recipe.views)

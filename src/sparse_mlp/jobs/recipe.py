@@ -154,7 +154,8 @@ def _settle_length(default: R, given: R) -> R:
     changed = [name for name in LENGTHS if getattr(train, name, None) != getattr(before, name, None)]
     if train is None or len(changed) != 1 or getattr(train, changed[0]) is None:
         return given
-    return replace(given, train=replace(train, **{name: None for name in LENGTHS if name != changed[0]}))
+    shortened: Any = {"train": replace(train, **{name: None for name in LENGTHS if name != changed[0]})}
+    return replace(given, **shortened)
 
 
 def _settle_rates(default: R, given: R) -> R:

@@ -6,13 +6,12 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
@@ -64,7 +63,7 @@ class Run:
 
     def predict(self, *files: str | Path, **options: Any) -> list[Row]:
         """One row for each item in the files; options as in `sparse-mlp predict`."""
-        return self.job.predict(self.folder, [str(file) for file in files], self.job.PredictOptions(**options))
+        return self.job.predict(self.folder, [str(file) for file in files], self.job.predict_options_type(**options))
 
     def report(self) -> Path:
         """Write the run's page; returns its path."""
@@ -107,7 +106,7 @@ def train(
 
 def resume(
     path: str | Path,
-    changes: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] | Recipe | None = None,
     *,
     datasets: tuple[Dataset, Dataset] | None = None,
     trusted: bool = False,
@@ -117,17 +116,24 @@ def resume(
 
     Args:
         path: the run's folder.
-        changes: fields to change, as in `sparse_mlp.recipe`: those that the weights do not depend on, and a larger
-            train.epochs or train.steps where the schedule can go on.
+        changes: fields to change, as in `sparse_mlp.recipe`, or the changed recipe: those that the weights do not
+            depend on, and a larger train.epochs or train.steps where the schedule can go on.
         datasets: those of a run that was trained on datasets of your own.
         trusted: open the data that the folder names even if that can execute or fetch something.
     """
     run = Run(Path(path))
     stored = run.recipe
-    asked = override(stored, changes or {})
+    asked = changes if isinstance(changes, Recipe) else override(stored, changes or {})
     check_resume(run.path, stored, asked)
     context = Context(run.folder, trusted=trusted, datasets=datasets)
     return _start(asked, context, run.path, resume=True, show=show)
+
+
+def check(recipe: Recipe, out: Path) -> None:
+    """UserError or OSError if a recipe cannot be trained in a new folder; nothing is written."""
+    kind = job_type(recipe.kind)
+    with distributed.join(kind.device_of(recipe)) as device:
+        kind(recipe, Context(trusted=True)).prepare(RunFolder(choose_folder(recipe.name, out, resume=False)), device)
 
 
 def _start(recipe: Recipe, context: Context, out: Path | None, *, resume: bool, show: bool) -> Run:
@@ -185,7 +191,7 @@ def choose_folder(name: str, folder: Path | None, resume: bool) -> Path:
     if folder is None:
         tries = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
         return next(path for path in tries if not path.exists())
-    if not str(folder).strip() or not folder.name and folder != Path("."):
+    if not str(folder).strip() or (not folder.name and folder != Path()):
         raise UserError(f"--out {str(folder)!r} names no folder")
     in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
     if in_the_way is not None:

@@ -1,7 +1,7 @@
 """Complete configurations by name: each a function that returns a recipe and says in its docstring what to expect.
 
-A function that takes an argument is given what the user said so far, and fits the rest to it: the weights to begin with,
-or the images. The name of any timm model is a recipe too; see `own_images`.
+A function that takes an argument is given what the user said so far, and fits the rest to it: the weights to begin
+with, or the images. The name of any timm model is a recipe too; see `own_images`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def fit(name: str, change: Callable[[Recipe], Recipe]) -> Recipe:
     return change(get(name, change(get(name))))
 
 
-def recipe(name: str, **changes: Any) -> Recipe:
+def recipe(name: str, /, **changes: Any) -> Recipe:
     """A recipe by name with other values in some fields: `recipe("cifar10_sparse", train=dict(epochs=2))`.
 
     What depends on the changed fields follows: one length replaces the other, learning rates follow the batch size.

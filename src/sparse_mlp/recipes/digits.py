@@ -7,8 +7,8 @@ from typing import Any
 from sparse_mlp.data import AugmentConfig, DataConfig, ViewsConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.jobs.classify import ClassifyRecipe
-from sparse_mlp.jobs.recipe import ModelConfig
 from sparse_mlp.jobs.pretrain import PretrainRecipe
+from sparse_mlp.jobs.recipe import ModelConfig
 from sparse_mlp.tasks.classify import ClassifyConfig
 from sparse_mlp.tasks.moco import MocoConfig
 

@@ -21,9 +21,9 @@ from timm.models import get_pretrained_cfg
 from sparse_mlp.data import AugmentConfig, DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs import Context, ModelConfig, settle
+from sparse_mlp.jobs import Context
 from sparse_mlp.jobs.classify import ClassifyRecipe
-from sparse_mlp.jobs.images import open_images
+from sparse_mlp.jobs.images import file_names, open_images
 from sparse_mlp.recipes.facts import Facts
 from sparse_mlp.tasks.classify import ClassifyConfig
 
@@ -46,7 +46,8 @@ def recipe(default: ClassifyRecipe, given: ClassifyRecipe) -> ClassifyRecipe:
     images = len(found.train)  # type: ignore[arg-type]
     model = replace(given.model, pretrained=given.model.weights is None and _can_fetch(given.model.name))
     begun = model.pretrained or model.weights is not None
-    files = found.train_files()
+    names = file_names(found.train, range(0, images, max(1, images // _SAMPLE)))
+    files = [Path(data.root or "", name) for name in names or ()]
     side, grey = _measure(files) if files else (found.spec.image_size, found.spec.channels == 1)
     size = data.image_size or _image_size(given.model.name, side, begun)
     channels = data.channels or (1 if grey else 3)
@@ -84,7 +85,7 @@ def _settings(facts: Facts, begun: bool) -> ClassifyRecipe:
 def _measure(files: Sequence[Path]) -> tuple[int, bool]:
     """The median of the files' shorter sides in pixels, and whether all of them are grey."""
     sides, modes = [], set()
-    for file in files[:: max(1, len(files) // _SAMPLE)]:
+    for file in files:
         try:
             with Image.open(file) as image:
                 sides.append(min(image.size))
@@ -95,7 +96,7 @@ def _measure(files: Sequence[Path]) -> tuple[int, bool]:
 
 
 def _image_size(name: str, side: int, begun: bool) -> int:
-    """The model's own size where it takes no other, has seen it, or a GPU is there; else less, in steps of 32 pixels."""
+    """The model's own size where it takes no other, has seen it, or there is a GPU; else less, in steps of 32."""
     published = get_pretrained_cfg(name)
     own = published.input_size[-1] if published else 224
     if begun or (published is not None and published.fixed_input_size and side >= own):
@@ -113,7 +114,9 @@ def _can_fetch(name: str) -> bool:
         timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever the hub's client makes of a missing network
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        _log.warning("the published weights of %s cannot be fetched here, the training starts from scratch: %s", name, reason)
+        _log.warning(
+            "the published weights of %s cannot be fetched here, the training starts from scratch: %s", name, reason
+        )
         return False
     return True
 

@@ -1,16 +1,16 @@
 """Recipes that begin with the weights of something pre-trained: linear probe, kNN, fine-tuning, transfer.
 
-`--model.weights` names a run folder or a file, or `--model.name NAME --model.pretrained True` takes what timm publishes.
-From a run folder come the model, its arguments and, unless another set is named, the images. A recipe without weights is
-the published one, for ImageNet; with weights it fits itself to the images: a grey 8x8 digit is neither cropped to a
-twelfth nor flipped, and a batch is no larger than a sixteenth of the set. Learning rates are proportional to the batch.
+`--model.weights` names a run folder or a file, or `--model.name NAME --model.pretrained` takes what timm publishes.
+From a run folder come the model, its arguments and, unless another set is named, the images. A recipe without weights
+is the published one, for ImageNet; with weights it fits itself to the images: a grey 8x8 digit is neither cropped to a twelfth
+nor flipped, and a batch is no larger than a sixteenth of the set. Learning rates are proportional to the batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sparse_mlp.data import AugmentConfig, DataConfig
 from sparse_mlp.engine import OptimConfig, RunFolder, ScheduleConfig, TrainConfig
@@ -28,7 +28,7 @@ NOT_GIVEN = ""
 """As a model's or a data set's name: those of the run that the weights come from."""
 
 _REGULAR = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # arguments that no weight depends on
-_CROP = {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
+_CROP: dict[str, Any] = {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
 
 
 def linear_probe(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
@@ -157,7 +157,7 @@ def _on_images(recipe: R, given: R, source: Path | None) -> R:
     if source is None or not source.is_dir():
         raise UserError(f"on which images? {source or 'a published model'} does not say: --data.name SET")
     stored = load_data_config(RunFolder.open(source))
-    sizes = {"batch_size": recipe.data.batch_size, "eval_batch_size": recipe.data.eval_batch_size}
+    sizes: dict[str, Any] = {"batch_size": recipe.data.batch_size, "eval_batch_size": recipe.data.eval_batch_size}
     return replace(recipe, data=replace(stored, **sizes))
 
 
