@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -196,8 +196,8 @@ class NodesJob(Job[NodesRecipe]):
         if not run.metrics_path.is_file():
             raise UserError(f"{run.path} has nothing to report yet: the training has not begun")
         recipe, inputs = cls.stored(run), read_inputs(run)
-        test, logits = np.empty(0, np.int64), np.empty((0, inputs["num_classes"]), np.float32)
-        target, embedding = test, np.empty((0, recipe.model.hidden_dim), np.float32)
+        test = target = np.empty(0, np.int64)
+        embedding, logits = np.empty((0, recipe.model.hidden_dim)), np.empty((0, inputs["num_classes"]))
         if run.has_checkpoint():
             model, graph = _load_network(run, recipe), load_configured(recipe.data)
             test = graph.labelled("test")
@@ -220,9 +220,10 @@ class NodesJob(Job[NodesRecipe]):
         target.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), target)
         given = {name: value for name, value in vars(recipe.model).items() if value != getattr(NetworkConfig, name)}
-        arguments = "".join(f", {name}={value!r}" for name, value in given.items())
+        values = [str(inputs["num_features"]), str(inputs["num_classes"])]
+        values += [f"{name}={value!r}" for name, value in given.items()]
         return (
-            f"model = sparse_mlp.models.graph_mlp.GraphMlp({inputs['num_features']}, {inputs['num_classes']}{arguments})\n"
+            f"model = sparse_mlp.models.graph_mlp.GraphMlp({', '.join(values)})\n"
             f"model.load_state_dict(safetensors.torch.load_file({str(target)!r}))"
         )
 
