@@ -60,7 +60,7 @@ class Predictions:
 
 
 def reduce_predictions(arrays: Mapping[str, NDArray[Any]], source: str = "predictions") -> Predictions:
-    """Reduce `index` (N,), `target` (N,), `logits` (N, C) and, where it is there, `file` (N,).
+    """Reduce `index` (N,), `target` (N,), `logits` (N, C) and, where it is there, `file_name` (N,).
 
     UserError, which names `source`, for shapes that do not fit each other or targets that are no classes.
     """
