@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from timm.models import FeatureGetterNet
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from sparse_mlp.weights.fit import add_batch_counters, check_fit, shapes
