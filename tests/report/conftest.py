@@ -30,7 +30,7 @@ def metric_lines(
         loss = 2.3 * math.exp(-2 * step / steps) + 0.02 * float(rng.random())
         lines.append(
             {"kind": "train", **where, "loss": loss, "accuracy": 1 - loss / 2.4, "balance": 0.1, "lr": 1e-3}
-            | {"grad_norm": 0.5, "images_per_s": 1000.0 + step, "data_time": 0.1}
+            | {"grad_norm": 0.5, "items_per_s": 1000.0 + step, "data_time": 0.1}
         )
         for layer, experts in layers.items():
             load, importance = rng.dirichlet([20.0] * experts), rng.dirichlet([40.0] * experts)

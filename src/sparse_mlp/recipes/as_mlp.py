@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from sparse_mlp.data import AugmentConfig, DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
-from sparse_mlp.recipes.recipe import ModelConfig, Recipe
+from sparse_mlp.jobs.classify import ClassifyRecipe
+from sparse_mlp.jobs.recipe import ModelConfig
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 
-def imagenet_as_mlp_tiny() -> Recipe:
+def imagenet_as_mlp_tiny() -> ClassifyRecipe:
     """AS-MLP-T on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 81.3 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_as_mlp_tiny --data.root /path/to/imagenet
@@ -21,7 +22,7 @@ def imagenet_as_mlp_tiny() -> Recipe:
     return _imagenet("as_mlp_tiny", drop_path_rate=0.2)
 
 
-def imagenet_as_mlp_small() -> Recipe:
+def imagenet_as_mlp_small() -> ClassifyRecipe:
     """AS-MLP-S on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 83.1 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_as_mlp_small --data.root /path/to/imagenet
@@ -29,7 +30,7 @@ def imagenet_as_mlp_small() -> Recipe:
     return _imagenet("as_mlp_small", drop_path_rate=0.3)
 
 
-def imagenet_as_mlp_base() -> Recipe:
+def imagenet_as_mlp_base() -> ClassifyRecipe:
     """AS-MLP-B on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 83.3 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_as_mlp_base --data.root /path/to/imagenet
@@ -37,8 +38,8 @@ def imagenet_as_mlp_base() -> Recipe:
     return _imagenet("as_mlp_base", drop_path_rate=0.5)
 
 
-def _imagenet(model: str, drop_path_rate: float) -> Recipe:
-    return Recipe(
+def _imagenet(model: str, drop_path_rate: float) -> ClassifyRecipe:
+    return ClassifyRecipe(
         name=f"imagenet_{model}",
         model=ModelConfig(model, {"drop_path_rate": drop_path_rate}),
         data=DataConfig(name="folder", image_size=224, batch_size=1024, workers=16),
@@ -58,12 +59,12 @@ def _imagenet(model: str, drop_path_rate: float) -> Recipe:
     )
 
 
-def cifar10_as_mlp() -> Recipe:
+def cifar10_as_mlp() -> ClassifyRecipe:
     """A small AS-MLP on CIFAR-10 at 32 px in 15 minutes of training; downloads the set where it is missing.
 
     sparse-mlp train cifar10_as_mlp
     """
-    return Recipe(
+    return ClassifyRecipe(
         name="cifar10_as_mlp",
         model=ModelConfig("as_mlp_tiny", {"depths": [2, 2, 2, 2], "embed_dim": 32}),
         data=DataConfig(name="cifar10", batch_size=128, download=True),

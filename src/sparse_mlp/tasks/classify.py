@@ -38,6 +38,8 @@ class Classify(Task):
     Batches hold `image` (B, C, H, W), `target` (B,) class numbers or (B, classes) shares, and `index` (B,).
     """
 
+    items = "images"
+
     def __init__(
         self,
         model: nn.Module,

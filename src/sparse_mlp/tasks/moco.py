@@ -94,6 +94,7 @@ class Moco(Task):
     """
 
     model_passes = 2
+    items = "images"
 
     def __init__(self, model: nn.Module, config: MocoConfig | None = None, num_classes: int = 0) -> None:
         """ValueError for a model without what the options ask for. Under torch.distributed call it in the group."""
@@ -110,6 +111,7 @@ class Moco(Task):
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.momentum = config.momentum
+        self.schedules_over_run = config.momentum_sched
         sync_batch_norm(self)
         self.train()
 
