@@ -20,6 +20,7 @@ from sparse_mlp.errors import UserError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+_FILES = ("file", "files")
 _CHUNK = 8192  # rows of logits in float64 at a time
 
 
@@ -60,12 +61,14 @@ class Predictions:
 
 
 def reduce_predictions(arrays: Mapping[str, NDArray[Any]], source: str = "predictions") -> Predictions:
-    """Reduce `index` (N,), `target` (N,), `logits` (N, C) and, where it is there, `file` (N,).
+    """Reduce `index` (N,), `target` (N,), `logits` (N, C) and, where they are there, the items' files (N,).
 
+    The files are `file`, or `files` as in predictions.npz: numpy.savez takes no array of the name `file`.
     UserError, which names `source`, for shapes that do not fit each other or targets that are no classes.
     """
     index, target, logits = (arrays[name] for name in ("index", "target", "logits"))
-    file = [str(name) for name in arrays["file"]] if "file" in arrays else None
+    names = next((arrays[key] for key in _FILES if key in arrays), None)
+    file = None if names is None else [str(name) for name in names]
     sizes = {len(index), len(target), len(logits), len(target if file is None else file)}
     if logits.ndim != 2 or len(sizes) != 1:
         raise UserError(f"{source}: index {index.shape}, target {target.shape} and logits {logits.shape} do not fit")
@@ -87,11 +90,10 @@ def reduce_predictions(arrays: Mapping[str, NDArray[Any]], source: str = "predic
 def _top5(target: NDArray[Any], logits: NDArray[Any]) -> float | None:
     if not (target >= 0).any():
         return None
-    classes = logits.shape[1]
-    if classes <= 5:
+    if logits.shape[1] <= 5:
         return 1.0
     scores, labels = torch.from_numpy(logits).float(), torch.from_numpy(np.maximum(target, -1)).long()
-    return float(multiclass_accuracy(scores, labels, classes, average="micro", top_k=5, ignore_index=-1))
+    return float(multiclass_accuracy(scores, labels, logits.shape[1], average="micro", top_k=5, ignore_index=-1))
 
 
 def read_predictions(path: Path, *, pretraining: bool = False) -> Predictions | None:
@@ -100,8 +102,8 @@ def read_predictions(path: Path, *, pretraining: bool = False) -> Predictions | 
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if pretraining and "logits" not in archive:
                 return None
-            names = ["index", "target", "logits", *(["file"] if "file" in archive else [])]
-            arrays = {name: archive[name] for name in names}
+            arrays = {name: archive[name] for name in ("index", "target", "logits")}
+            arrays |= {name: archive[name] for name in _FILES if name in archive}
     except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a predictions file: {' '.join(str(error).split())}") from error
     return reduce_predictions(arrays, str(path))
