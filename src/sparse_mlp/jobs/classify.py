@@ -161,9 +161,9 @@ def evaluate_model(
 
 
 def with_file_names(predictions: dict[str, np.ndarray], data: ImageData) -> dict[str, np.ndarray]:
-    """Predictions with the array `file_name` where the test images are files."""
+    """Predictions with the array `files` where the test images are files."""
     names = file_names(data.test, predictions["index"].tolist()) if predictions else None
-    return {**predictions, "file_name": np.array(names)} if names else predictions
+    return {**predictions, "files": np.array(names)} if names else predictions
 
 
 def _best(shares: Sequence[float], indices: Sequence[int], classes: Sequence[str]) -> Row:
