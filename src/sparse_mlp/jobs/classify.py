@@ -30,7 +30,7 @@ from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, Sched
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.images import ImageJob, file_names, load_inputs, load_trained, open_images, samples
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
-from sparse_mlp.jobs.model import build_model, load_model
+from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.report import write_predictions_csv, write_report
 from sparse_mlp.report.cost import count_macs
@@ -139,14 +139,17 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         return predict_pictures(files, spec, classify)
 
     @classmethod
-    def report(cls, run: RunFolder) -> Path:
-        """The page of a run; the routing is drawn where there are weights and the test set is no stream."""
+    def report(cls, run: RunFolder, context: Context | None = None) -> Path:
+        """The page of a run; its images and their routing are drawn where they can be opened and are no stream."""
         if not run.has_checkpoint():
             return write_report(run.path)
-        recipe = cls.stored(run)
-        data = open_images(recipe.data, AugmentConfig(), Context(run))
-        model = load_model(recipe.model, data.spec, run.path)
-        macs = count_macs(model, data.spec.channels, data.spec.image_size)[""]
+        spec, model = load_inputs(run), load_trained(run)
+        macs = count_macs(model, spec.channels, spec.image_size)[""]
+        try:
+            data = open_images(cls.stored(run).data, AugmentConfig(), context or Context(run), classes=spec.classes)
+        except (UserError, OSError) as error:
+            _log.warning("the report of %s shows no images: %s", run.path, error)
+            return write_report(run.path, macs=macs)
         return write_report(run.path, model, samples(run, data), macs=macs)
 
 

@@ -2,8 +2,8 @@
 
 `--model.weights` names a run folder or a file, or `--model.name NAME --model.pretrained` takes what timm publishes.
 From a run folder come the model, its arguments and, unless another set is named, the images. A recipe without weights
-is the published one, for ImageNet; with weights it fits itself to the images: a grey 8x8 digit is neither cropped to a twelfth
-nor flipped, and a batch is no larger than a sixteenth of the set. Learning rates are proportional to the batch.
+is the published one, for ImageNet; with weights it fits itself to the images: a grey 8x8 digit is neither cropped to a
+twelfth nor flipped, and a batch is no larger than a sixteenth of the set. Learning rates are proportional to the batch.
 """
 
 from __future__ import annotations
