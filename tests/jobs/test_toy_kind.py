@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_mlp
+from sparse_mlp import recipes
 from sparse_mlp.cli.main import main
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, Task, TrainConfig
 from sparse_mlp.jobs import Context, Job, PredictOptions, Recipe, Row, kinds, load_weights, register
@@ -65,7 +66,7 @@ class LineJob(Job[LineRecipe]):
     def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
         model = nn.Linear(1, 1)
         load_weights(model, options.checkpoint or run.path)
-        return [{"x": float(x), "y": float(model(torch.tensor([float(x)])))} for x in files]
+        return [{"x": float(x), "y": model(torch.tensor([float(x)])).item()} for x in files]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,6 +115,6 @@ def test_a_finished_run_goes_on_with_a_larger_length(run: sparse_mlp.Run, tmp_pa
 
 
 def test_its_options_are_those_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sparse_mlp.recipes.RECIPES, "line", LineRecipe)
+    monkeypatch.setitem(recipes.RECIPES, "line", lambda: LineRecipe())
     assert main(["train", "line", "--slope", "2", "--out", str(tmp_path / "run")]) == 0
     assert sparse_mlp.Run(tmp_path / "run").recipe.slope == 2

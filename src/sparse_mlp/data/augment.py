@@ -88,7 +88,8 @@ def warp(
     """Shift or resized crop, flip and rotation of (square) images, each by its own row of draws.
 
     One affine map an image, from output to input coordinates, both in -1..1. This form stays beside torchvision's
-    transforms because it is 5 (shift, flip) to 10 (rotation) times as fast; benchmarks/pretrain.py compares them.
+    transforms because it is 6 (shift and flip of 256 CIFAR-10 images) to 120 (shift and rotation of as many digits)
+    times as fast; benchmarks/pretrain.py compares them.
 
     Images (B, C, H, W) float, draws (B, DRAWS or more) -> (B, C, image_size, image_size). `outside` is what lies around
     an image; left out: black where images are shifted or rotated.

@@ -131,9 +131,11 @@ def _blur_width(image_size: int) -> int:
 class BatchView:
     """One view of a batch of equally large square uint8 images in memory; every option as in `view_transform`.
 
-    Image i's view depends on its own pixels and its own row of draws alone. torchvision's jitter takes one strength for
-    all images of a call: one call an image makes a view 7 times slower, 7 % of a step of cifar10_moco_sparse on one
-    thread (benchmarks/pretrain.py). So brightness, contrast, saturation and hue stand here for a whole batch.
+    Image i's view depends on its own pixels and its own row of draws alone.
+
+    torchvision's jitter takes one strength for all images of a call. With one call an image a view takes 15 (CIFAR-10)
+    to 60 (digits) times as long: both views 7 % of a step of cifar10_moco_sparse, 80 % of one of digits_moco_sparse, on
+    one thread (benchmarks/pretrain.py). So brightness, contrast, saturation and hue stand here for a whole batch.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from sparse_mlp.engine import FREE_ON_RESUME, Evaluation, Loaders, RunFolder, Ta
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.model import load_weights
 from sparse_mlp.jobs.recipe import Recipe, from_json
-from sparse_mlp.report import write_report as write_plain_report
+from sparse_mlp.report import write_plain_report
 
 R = TypeVar("R", bound=Recipe)
 
@@ -65,9 +65,9 @@ class PredictOptions:
 class Job(ABC, Generic[R]):
     """One run: a recipe, made into a task and its loaders.
 
-    A subclass sets `recipe_type`, builds `task` and `loaders` in its constructor, and has `predict`; the rest has defaults.
-    The constructor raises UserError or OSError, one line, for whatever does not exist or fit: nothing has been written
-    by then. `sparse_mlp.jobs.register` makes the class known.
+    A subclass sets `recipe_type`, builds `task` and `loaders` in its constructor, and has `predict`; the rest has
+    defaults. The constructor raises UserError or OSError, one line, for whatever does not exist or fit: nothing has
+    been written by then. `sparse_mlp.jobs.register` makes the class known.
     """
 
     recipe_type: ClassVar[type[Recipe]]
@@ -143,8 +143,8 @@ class Job(ABC, Generic[R]):
         """One row for each item in the files."""
 
     @classmethod
-    def report(cls, run: RunFolder) -> Path:
-        """Write the page of a run, finished or not."""
+    def report(cls, run: RunFolder, context: Context | None = None) -> Path:
+        """Write the page of a run, finished or not; `context` is the one it was trained in, where it just was."""
         return write_plain_report(run.path)
 
     @classmethod

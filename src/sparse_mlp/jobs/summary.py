@@ -42,6 +42,6 @@ def summarize(run: Run) -> Summary:
         steps=measured.last_step,
         parameters=parameters,
         macs=macs,
-        items_per_s=measured.images_per_s,
+        items_per_s=measured.items_per_s,
         busiest=max((float(load.max()) * len(load) for load in loads), default=None),
     )

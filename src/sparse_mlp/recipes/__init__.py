@@ -111,7 +111,7 @@ def fit(name: str, change: Callable[[Recipe], Recipe]) -> Recipe:
     return change(get(name, change(get(name))))
 
 
-def recipe(name: str, **changes: Any) -> Recipe:
+def recipe(name: str, /, **changes: Any) -> Recipe:
     """A recipe by name with other values in some fields: `recipe("cifar10_sparse", train=dict(epochs=2))`.
 
     What depends on the changed fields follows: one length replaces the other, learning rates follow the batch size.

@@ -1,11 +1,12 @@
-/* The kernels of an MoE layer for float32 on a CPU; compiled.py says what each computes, and compiles them.
+/* The kernels of an MoE layer for float32 on a CPU; cpu.py registers them as operators, library.py compiles them.
  *
- * Three parts: what experts do to rows between their matrix products, each in one pass over memory; the router; and the
- * products themselves where an expert has few rows, as from a single image or of many experts.
+ * Three parts: what happens to rows between matrix products, each in one pass over memory; gates and balance statistics;
+ * and the products themselves where an expert has few rows, as from a single image or with many experts.
  *
- * Matrices are row-major, indices int64. `parts` is room for each thread's own sums. Work is cut among OpenMP's
- * threads in a fixed way, or so that the cut does not matter: as many threads give the same bits. Without AVX-512 the
- * compiler's vectors serve, of any width.
+ * Matrices are row-major, indices int64. Each function takes a struct of members of 8 bytes, mirrored by cpu.py:
+ * pointers, sizes, then `threads`, the number of OpenMP threads. `parts` is room for each thread's own sums. Work is
+ * split among threads in a fixed way, or so that the split does not matter: the same number of threads gives the same
+ * bits. Without AVX-512 the compiler's generic vectors are used, of any width.
  */
 
 #include <stdint.h>
@@ -224,24 +225,101 @@ static void add_parts(const float *parts, int64_t number, int64_t stride, int64_
     }
 }
 
-void gather(const float *x, const int64_t *item, float *out, int64_t n, int64_t d, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (n * d >= SERIAL_BELOW)
-    for (int64_t i = 0; i < n; i++) memcpy(out + i * d, x + item[i] * d, d * sizeof(float));
+typedef struct {
+    const float *x;
+    const int64_t *item;
+    float *out;
+    int64_t n, m, d, threads;
+} gather_t;
+
+/* Row i of `out` (m, d) is row item[i] of x (n, d), or zero where item[i] is n. */
+void gather(const gather_t *a) {
+    int64_t size = a->d * sizeof(float);
+#pragma omp parallel for schedule(static) num_threads(a->threads) if (a->m * a->d >= SERIAL_BELOW)
+    for (int64_t i = 0; i < a->m; i++)
+        if (a->item[i] < a->n)
+            memcpy(a->out + i * a->d, a->x + a->item[i] * a->d, size);
+        else
+            memset(a->out + i * a->d, 0, size);
 }
 
-void combine(const float *rows, const int64_t *row, const float *gate, const int64_t *expert, const float *bias,
-             float *y, int64_t n, int64_t k, int64_t d, int64_t stride, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (n * d >= SERIAL_BELOW)
-    for (int64_t i = 0; i < n; i++) {
+typedef struct {
+    const float *rows;
+    const int64_t *row;
+    const float *gate;
+    float *y;
+    int64_t n, k, m, d, stride, threads;
+} combine_t;
+
+/* y (n, d): the sum of an item's k rows, each times its gate if there are gates; row m adds nothing. */
+void combine(const combine_t *a) {
+    int64_t k = a->k, d = a->d;
+#pragma omp parallel for schedule(static) num_threads(a->threads) if (a->n * d >= SERIAL_BELOW)
+    for (int64_t i = 0; i < a->n; i++)
         for (int64_t j = 0; j < d; j += LANES) {
             vec total = {0};
-            for (int64_t c = 0; c < k; c++) {
-                vec v = load_up_to(rows + row[i * k + c] * stride + j, d - j);
-                if (gate) v = gate[i * k + c] * (v + load_up_to(bias + expert[i * k + c] * d + j, d - j));
-                total += v;
+            for (int64_t c = i * k; c < (i + 1) * k; c++) {
+                if (a->row[c] == a->m) continue;
+                vec v = load_up_to(a->rows + a->row[c] * a->stride + j, d - j);
+                total += a->gate ? a->gate[c] * v : v;
             }
-            store_up_to(y + i * d + j, total, d - j);
+            store_up_to(a->y + i * d + j, total, d - j);
         }
+}
+
+typedef struct {
+    const float *grad, *rows;
+    const int64_t *row;
+    const float *gate;
+    float *grad_rows, *grad_gate;
+    char *written;
+    int64_t n, k, m, d, stride, threads;
+} combine_backward_t;
+
+/* Gradients with respect to rows and gates. `written` (m), zero at first, tells the rows that belong to no item. */
+void combine_backward(const combine_backward_t *a) {
+    int64_t k = a->k, d = a->d;
+#pragma omp parallel num_threads(a->threads) if (a->n * d >= SERIAL_BELOW)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < a->n; i++)
+            for (int64_t c = i * k; c < (i + 1) * k; c++) {
+                int64_t r = a->row[c];
+                a->grad_gate[c] = 0;
+                if (r == a->m) continue;
+                const float *from = a->grad + i * d, *other = a->rows + r * a->stride;
+                float *to = a->grad_rows + r * d;
+                vec dot = {0};
+                for (int64_t j = 0; j < d; j += LANES) {
+                    vec g = load_up_to(from + j, d - j);
+                    dot += g * load_up_to(other + j, d - j);
+                    store_up_to(to + j, g * a->gate[c], d - j);
+                }
+                a->grad_gate[c] = sum(dot);
+                a->written[r] = 1;
+            }
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < a->m; r++)
+            if (!a->written[r]) memset(a->grad_rows + r * d, 0, d * sizeof(float));
+    }
+}
+
+typedef struct {
+    const int64_t *expert;
+    int64_t *item, *row, *count;
+    int64_t m, k, experts, threads;
+} sort_t;
+
+/* A counting sort of m assignments, k to an item: the item of each row, the row of each assignment, rows of each expert. */
+void sort_by_expert(const sort_t *a) {
+    int64_t place[a->experts];
+    memset(a->count, 0, a->experts * sizeof(int64_t));
+    for (int64_t i = 0; i < a->m; i++) a->count[a->expert[i]]++;
+    for (int64_t e = 0, first = 0; e < a->experts; first += a->count[e++]) place[e] = first;
+    for (int64_t i = 0; i < a->m; i++) {
+        int64_t r = place[a->expert[i]]++;
+        a->item[r] = i / a->k;
+        a->row[i] = r;
     }
 }
 
@@ -252,9 +330,16 @@ INLINE void gelu_row(const float *hidden, const float *bias, float *act, int64_t
     }
 }
 
-void bias_gelu(const float *hidden, const float *bias, float *act, int64_t n, int64_t d, int by_tanh, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (n * d >= SERIAL_BELOW)
-    for (int64_t i = 0; i < n; i++) gelu_row(hidden + i * d, bias, act + i * d, d, by_tanh);
+typedef struct {
+    const float *hidden, *bias;
+    float *act;
+    int64_t n, d, by_tanh, threads;
+} bias_gelu_t;
+
+void bias_gelu(const bias_gelu_t *a) {
+    int64_t d = a->d;
+#pragma omp parallel for schedule(static) num_threads(a->threads) if (a->n * d >= SERIAL_BELOW)
+    for (int64_t i = 0; i < a->n; i++) gelu_row(a->hidden + i * d, a->bias, a->act + i * d, d, a->by_tanh);
 }
 
 /* Rows first to last of an expert: `grad`, so far with respect to GELU(hidden + bias), becomes that with respect to
@@ -273,55 +358,25 @@ INLINE void gelu_backward_rows(const float *hidden, const float *bias, float *gr
     }
 }
 
-void bias_gelu_backward(const float *hidden, const float *bias, float *grad, float *act, float *grad_bias, float *parts,
-                        int64_t n, int64_t d, int by_tanh, int threads) {
+typedef struct {
+    const float *hidden, *bias;
+    float *grad, *act, *grad_bias, *parts;
+    int64_t n, d, by_tanh, threads;
+} bias_gelu_backward_t;
+
+void bias_gelu_backward(const bias_gelu_backward_t *a) {
+    int64_t n = a->n, d = a->d;
     int used = 1;
-#pragma omp parallel num_threads(threads) if (n * d >= SERIAL_BELOW)
+#pragma omp parallel num_threads(a->threads) if (n * d >= SERIAL_BELOW)
     {
         int64_t first, last;
         my_part(n, &first, &last);
 #pragma omp single nowait
         used = omp_get_num_threads();
-        gelu_backward_rows(hidden, bias, grad, act, d, clear_sums(parts, 2 * d, d), first, last, d, by_tanh);
+        gelu_backward_rows(a->hidden, a->bias, a->grad, a->act, d, clear_sums(a->parts, 2 * d, d), first, last, d,
+                           a->by_tanh);
     }
-    add_parts(parts + d, used, 2 * d, d, grad_bias);
-}
-
-/* Rows first to last of an expert, through `y_item += gate (out + bias)`: gradients with respect to `out`, which go
- * into the sums too, and to the gates. */
-INLINE void gather_gated_rows(const float *grad, const int64_t *item, const float *gate, const float *out,
-                              const float *bias, float *grad_out, int64_t ld, float *grad_gate, float *sums,
-                              int64_t first, int64_t last, int64_t d) {
-    for (int64_t i = first; i < last; i++) {
-        const float *from = grad + item[i] * d, *other = out + i * ld;
-        float *to = grad_out + i * ld;
-        vec dot = {0};
-        for (int64_t j = 0; j < d; j += LANES) {
-            vec g = load_up_to(from + j, d - j);
-            dot += g * (load_up_to(other + j, d - j) + load_up_to(bias + j, d - j));
-            g *= gate[i];
-            store_up_to(to + j, g, d - j);
-            store_up_to(sums + j, load_up_to(sums + j, d - j) + g, d - j);
-        }
-        grad_gate[i] = sum(dot);
-        if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(sums, d);
-    }
-}
-
-void gather_gated(const float *grad, const int64_t *item, const float *gate, const float *out, const float *bias,
-                  float *grad_out, float *grad_gate, float *grad_bias, float *parts, int64_t n, int64_t d,
-                  int threads) {
-    int used = 1;
-#pragma omp parallel num_threads(threads) if (n * d >= SERIAL_BELOW)
-    {
-        int64_t first, last;
-        my_part(n, &first, &last);
-#pragma omp single nowait
-        used = omp_get_num_threads();
-        gather_gated_rows(grad, item, gate, out, bias, grad_out, d, grad_gate, clear_sums(parts, 2 * d, d), first,
-                          last, d);
-    }
-    add_parts(parts + d, used, 2 * d, d, grad_bias);
+    add_parts(a->parts + d, used, 2 * d, d, a->grad_bias);
 }
 
 /* ---- The router: LANES items side by side, for a row of logits is short ---- */
@@ -343,198 +398,178 @@ INLINE vec softmax(const vec *value, vec *out, int64_t experts) {
     for (int64_t e = 0; e < experts; e++) total += out[e] = exponential(value[e] - top);
     return 1.0f / total;
 }
-
-#define PATCH 4 /* rows and experts that are worked on together: each number loaded is used that often */
-
-/* logits (n, experts) = x (n, d) w^T. */
-static void scores(const float *x, const float *w, float *logits, int64_t n, int64_t experts, int64_t d) {
-    for (int64_t i = 0; i < n; i += PATCH)
-        for (int64_t e = 0; e < experts; e += PATCH) {
-            const float *row[PATCH], *of_expert[PATCH];
-            for (int r = 0; r < PATCH; r++) { /* past the end as the last one, not stored */
-                row[r] = x + (i + r < n ? i + r : n - 1) * d;
-                of_expert[r] = w + (e + r < experts ? e + r : experts - 1) * d;
-            }
-            vec total[PATCH][PATCH] = {0};
-            for (int64_t j = 0; j < d; j += LANES)
-                for (int r = 0; r < PATCH; r++) {
-                    vec v = load_up_to(row[r] + j, d - j);
-                    for (int c = 0; c < PATCH; c++) total[r][c] += v * load_up_to(of_expert[c] + j, d - j);
-                }
-            for (int r = 0; r < PATCH && i + r < n; r++)
-                for (int c = 0; c < PATCH && e + c < experts; c++) logits[(i + r) * experts + e + c] = sum(total[r][c]);
-        }
-}
-
 /* Sums over items come from as many parts as there are blocks, added in their order: the same whatever the threads. */
 #define BLOCK (64 * LANES)
 
-int64_t route_blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK; }
+int64_t blocks_of(int64_t n) { return (n + BLOCK - 1) / BLOCK; }
 
-void route(const float *x, const float *w, float *logits, const float *noise, float noise_std, float *noisy,
-           int64_t *chosen, float *gates, float *totals, float *parts, int64_t n, int64_t d, int64_t experts, int64_t k,
-           int threads) {
-    int64_t blocks = route_blocks(n), width = 3 * experts + 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (n * (d + experts) >= SERIAL_BELOW)
+typedef struct {
+    const float *logits;
+    int64_t *chosen;
+    float *gates;
+    int64_t n, experts, k, threads;
+} top_gates_t;
+
+/* The k largest softmax values of each item, in falling order, and whose they are; the first of equal ones first. */
+void top_gates(const top_gates_t *a) {
+    int64_t n = a->n, experts = a->experts, k = a->k;
+#pragma omp parallel for schedule(static) num_threads(a->threads) if (n * experts >= SERIAL_BELOW)
+    for (int64_t block = 0; block < (n + LANES - 1) / LANES; block++) {
+        int64_t i = block * LANES, rows = n - i < LANES ? n - i : LANES;
+        vec value[experts], p[experts];
+        ivec taken[experts];
+        for (int64_t e = 0; e < experts; e++) value[e] = load_column(a->logits + i * experts + e, experts, rows);
+        vec scale = softmax(value, p, experts);
+        memset(taken, 0, sizeof(taken));
+        for (int64_t c = 0; c < k; c++) {
+            ivec best = ~(ivec){0}; /* -1: none yet */
+            vec top = {0}, weight = {0};
+            for (int64_t e = 0; e < experts; e++) {
+                ivec better = ~taken[e] & ((best < 0) | (value[e] > top));
+                top = choose(better, value[e], top);
+                weight = choose(better, p[e], weight);
+                best = (better & (int32_t)e) | (~better & best);
+            }
+            for (int64_t e = 0; e < experts; e++) taken[e] |= best == (int32_t)e;
+            for (int r = 0; r < rows; r++) {
+                a->chosen[(i + r) * k + c] = best[r];
+                a->gates[(i + r) * k + c] = weight[r] * scale[r];
+            }
+        }
+    }
+}
+
+typedef struct {
+    const float *logits;
+    const int64_t *chosen;
+    const float *grad_gates;
+    float *grad_logits;
+    int64_t n, experts, k, threads;
+} top_gates_backward_t;
+
+void top_gates_backward(const top_gates_backward_t *a) {
+    int64_t n = a->n, experts = a->experts, k = a->k;
+#pragma omp parallel for schedule(static) num_threads(a->threads) if (n * experts >= SERIAL_BELOW)
+    for (int64_t block = 0; block < (n + LANES - 1) / LANES; block++) {
+        int64_t i = block * LANES, rows = n - i < LANES ? n - i : LANES;
+        vec value[experts], p[experts], grad[experts], mean = {0};
+        for (int64_t e = 0; e < experts; e++) {
+            value[e] = load_column(a->logits + i * experts + e, experts, rows);
+            grad[e] = (vec){0};
+        }
+        for (int64_t c = 0; c < k; c++) {
+            ivec index;
+            vec of_choice;
+            for (int r = 0; r < LANES; r++) {
+                int64_t from = (i + (r < rows ? r : rows - 1)) * k + c;
+                index[r] = (int32_t)a->chosen[from];
+                of_choice[r] = a->grad_gates[from];
+            }
+            for (int64_t e = 0; e < experts; e++) grad[e] += choose(index == (int32_t)e, of_choice, (vec){0});
+        }
+        vec scale = softmax(value, p, experts);
+        for (int64_t e = 0; e < experts; e++) mean += (p[e] *= scale) * grad[e];
+        for (int64_t e = 0; e < experts; e++)
+            store_column(a->grad_logits + i * experts + e, p[e] * (grad[e] - mean), experts, rows);
+    }
+}
+
+/* The value of each item's last choice, the K-th largest one: its threshold. */
+INLINE vec threshold_of(const float *noisy, const int64_t *chosen, int64_t experts, int64_t k, int64_t rows,
+                        ivec *index) {
+    vec threshold;
+    for (int r = 0; r < LANES; r++) {
+        int64_t item = r < rows ? r : rows - 1;
+        (*index)[r] = (int32_t)chosen[item * k + k - 1];
+        threshold[r] = noisy[item * experts + (*index)[r]];
+    }
+    return threshold;
+}
+
+typedef struct {
+    const float *logits, *noisy;
+    const int64_t *chosen;
+    float *totals, *parts;
+    int64_t n, experts, k, threads;
+    double noise_std;
+} totals_t;
+
+/* Sums over items (2 experts + 1): importance, load (zero without noise: noise_std 0), and the entropies. */
+void expert_totals(const totals_t *a) {
+    int64_t n = a->n, experts = a->experts, k = a->k, blocks = blocks_of(n), width = 2 * experts + 1;
+    float noise_std = a->noise_std;
+#pragma omp parallel for schedule(static) num_threads(a->threads) if (n * experts >= SERIAL_BELOW)
     for (int64_t block = 0; block < blocks; block++) {
-        vec plain[experts], value[experts], p[experts], importance[experts], loads[experts], entropy = {0};
-        ivec count[experts];
+        vec plain[experts], p[experts], importance[experts], loads[experts], entropy = {0};
         memset(importance, 0, sizeof(importance));
         memset(loads, 0, sizeof(loads));
-        memset(count, 0, sizeof(count));
         int64_t begin = block * BLOCK, end = begin + BLOCK < n ? begin + BLOCK : n;
-        scores(x + begin * d, w, logits + begin * experts, end - begin, experts, d);
         for (int64_t i = begin; i < end; i += LANES) {
             int64_t rows = n - i < LANES ? n - i : LANES;
-            ivec here; /* -1 for a row, 0 past the end */
+            ivec here, index; /* -1 for a row, 0 past the end */
             for (int r = 0; r < LANES; r++) here[r] = -(r < rows);
-            for (int64_t e = 0; e < experts; e++) {
-                plain[e] = value[e] = load_column(logits + i * experts + e, experts, rows);
-                if (noise) {
-                    value[e] += noise_std * load_column(noise + i * experts + e, experts, rows);
-                    store_column(noisy + i * experts + e, value[e], experts, rows);
-                }
-            }
-            vec scale = softmax(value, p, experts), threshold = {0};
-            ivec taken[experts];
-            memset(taken, 0, sizeof(taken));
-            for (int64_t c = 0; c < k; c++) {
-                ivec best = ~(ivec){0}; /* -1: none yet */
-                vec top = {0}, weight = {0};
-                for (int64_t e = 0; e < experts; e++) {
-                    ivec better = ~taken[e] & ((best < 0) | (value[e] > top));
-                    top = choose(better, value[e], top);
-                    weight = choose(better, p[e], weight);
-                    best = (better & (int32_t)e) | (~better & best);
-                }
-                for (int64_t e = 0; e < experts; e++) taken[e] |= best == (int32_t)e;
-                for (int r = 0; r < rows; r++) {
-                    chosen[(i + r) * k + c] = best[r];
-                    gates[(i + r) * k + c] = weight[r] * scale[r];
-                }
-                threshold = top;
-            }
-            if (!totals) continue;
-            scale = softmax(plain, p, experts);
-            vec log_total = {0}, top = plain[0], mean = {0};
+            for (int64_t e = 0; e < experts; e++) plain[e] = load_column(a->logits + i * experts + e, experts, rows);
+            vec scale = softmax(plain, p, experts), log_total = {0}, top = plain[0], mean = {0}, threshold = {0};
+            if (noise_std > 0)
+                threshold = threshold_of(a->noisy + i * experts, a->chosen + i * k, experts, k, rows, &index);
             for (int64_t e = 1; e < experts; e++) top = choose(plain[e] > top, plain[e], top);
             for (int64_t e = 0; e < experts; e++) {
                 vec share = p[e] * scale;
                 importance[e] += choose(here, share, (vec){0});
                 mean += share * (plain[e] - top);
-                count[e] -= here & taken[e];
-                if (noise) loads[e] += choose(here, normal((plain[e] - threshold) / noise_std), (vec){0});
+                if (noise_std > 0)
+                    loads[e] += choose(here, normal((plain[e] - threshold) / noise_std), (vec){0});
             }
             for (int r = 0; r < LANES; r++) log_total[r] = -__builtin_logf(scale[r]);
             entropy += choose(here, log_total - mean, (vec){0});
         }
-        if (!totals) continue;
-        float *part = parts + block * width;
+        float *part = a->parts + block * width;
         for (int64_t e = 0; e < experts; e++) {
             part[e] = sum(importance[e]);
             part[experts + e] = sum(loads[e]);
-            part[2 * experts + e] = sum(__builtin_convertvector(count[e], vec));
         }
-        part[3 * experts] = sum(entropy);
+        part[2 * experts] = sum(entropy);
     }
-    if (totals) add_parts(parts, blocks, width, width, totals);
+    add_parts(a->parts, blocks, width, width, a->totals);
 }
 
-void route_backward(const float *logits, const float *noisy, float noise_std, const int64_t *chosen,
-                    const float *grad_gates, const float *grad_totals, float *grad_logits, int64_t n, int64_t experts,
-                    int64_t k, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (n * experts >= SERIAL_BELOW)
+typedef struct {
+    const float *logits, *noisy;
+    const int64_t *chosen;
+    const float *grad_totals;
+    float *grad_logits, *grad_noisy;
+    int64_t n, experts, k, threads;
+    double noise_std;
+} totals_backward_t;
+
+/* Through importance and load; `grad_noisy` (the thresholds' share) only with noise. */
+void expert_totals_backward(const totals_backward_t *a) {
+    int64_t n = a->n, experts = a->experts, k = a->k;
+    float noise_std = a->noise_std;
+    const float *grad_importance = a->grad_totals, *grad_load = a->grad_totals + experts;
+#pragma omp parallel for schedule(static) num_threads(a->threads) if (n * experts >= SERIAL_BELOW)
     for (int64_t block = 0; block < (n + LANES - 1) / LANES; block++) {
         int64_t i = block * LANES, rows = n - i < LANES ? n - i : LANES;
-        vec plain[experts], value[experts], p[experts], grad[experts];
-        ivec index[k];
-        vec of_choice[k];
-        for (int64_t e = 0; e < experts; e++) {
-            plain[e] = load_column(logits + i * experts + e, experts, rows);
-            value[e] = noisy ? load_column(noisy + i * experts + e, experts, rows) : plain[e];
-            grad[e] = (vec){0};
-        }
-        for (int64_t c = 0; c < k; c++)
-            for (int r = 0; r < LANES; r++) {
-                int64_t from = (i + (r < rows ? r : rows - 1)) * k + c;
-                index[c][r] = (int32_t)chosen[from];
-                of_choice[c][r] = grad_gates ? grad_gates[from] : 0;
-            }
-        if (grad_gates) {
-            vec scale = softmax(value, p, experts), mean = {0};
-            for (int64_t e = 0; e < experts; e++) {
-                p[e] *= scale;
-                for (int64_t c = 0; c < k; c++) grad[e] += choose(index[c] == (int32_t)e, of_choice[c], (vec){0});
-                mean += p[e] * grad[e];
-            }
-            for (int64_t e = 0; e < experts; e++) grad[e] = p[e] * (grad[e] - mean);
-        }
-        if (grad_totals) {
-            vec scale = softmax(plain, p, experts), mean = {0};
-            for (int64_t e = 0; e < experts; e++) mean += (p[e] *= scale) * grad_totals[e];
-            for (int64_t e = 0; e < experts; e++) grad[e] += p[e] * (grad_totals[e] - mean);
-        }
-        if (grad_totals && noisy) {
-            const float *grad_load = grad_totals + experts;
-            vec threshold = {0}, moved = {0};
-            for (int64_t e = 0; e < experts; e++)
-                threshold = choose(index[k - 1] == (int32_t)e, value[e], threshold);
+        vec plain[experts], p[experts], grad[experts], mean = {0};
+        for (int64_t e = 0; e < experts; e++) plain[e] = load_column(a->logits + i * experts + e, experts, rows);
+        vec scale = softmax(plain, p, experts);
+        for (int64_t e = 0; e < experts; e++) mean += (p[e] *= scale) * grad_importance[e];
+        for (int64_t e = 0; e < experts; e++) grad[e] = p[e] * (grad_importance[e] - mean);
+        if (noise_std > 0) {
+            ivec index;
+            vec moved = {0};
+            vec threshold = threshold_of(a->noisy + i * experts, a->chosen + i * k, experts, k, rows, &index);
             for (int64_t e = 0; e < experts; e++) {
                 vec slope = normal_density((plain[e] - threshold) / noise_std) * (grad_load[e] / noise_std);
                 grad[e] += slope;
-                moved += slope;
+                moved -= slope;
             }
             for (int64_t e = 0; e < experts; e++)
-                grad[e] -= choose(index[k - 1] == (int32_t)e, moved, (vec){0});
+                store_column(a->grad_noisy + i * experts + e, choose(index == (int32_t)e, moved, (vec){0}), experts,
+                             rows);
         }
-        for (int64_t e = 0; e < experts; e++) store_column(grad_logits + i * experts + e, grad[e], experts, rows);
+        for (int64_t e = 0; e < experts; e++) store_column(a->grad_logits + i * experts + e, grad[e], experts, rows);
     }
-}
-
-void scores_backward(const float *x, const float *w, const float *grad_logits, float *grad_x, float *grad_w,
-                     float *parts, int64_t n, int64_t experts, int64_t d, int threads) {
-    int used = 1;
-#pragma omp parallel num_threads(threads) if (n * d >= SERIAL_BELOW)
-    {
-        int64_t first, last;
-        my_part(n, &first, &last);
-        float *part = clear_sums(parts, 2 * experts * d, experts * d);
-#pragma omp single nowait
-        used = omp_get_num_threads();
-        for (int64_t i = first; i < last; i += PATCH) {
-            int64_t rows = last - i < PATCH ? last - i : PATCH;
-            float g[PATCH][experts];
-            for (int r = 0; r < PATCH; r++)
-                for (int64_t e = 0; e < experts; e++) g[r][e] = r < rows ? grad_logits[(i + r) * experts + e] : 0;
-            for (int64_t j = 0; j < d; j += LANES) {
-                vec v[PATCH], gv[PATCH];
-                for (int r = 0; r < PATCH; r++) {
-                    v[r] = r < rows ? load_up_to(x + (i + r) * d + j, d - j) : (vec){0};
-                    gv[r] = r < rows && grad_x ? load_up_to(grad_x + (i + r) * d + j, d - j) : (vec){0};
-                }
-                for (int64_t e = 0; e < experts; e++) {
-                    vec we = load_up_to(w + e * d + j, d - j), total = load_up_to(part + e * d + j, d - j);
-                    for (int r = 0; r < PATCH; r++) {
-                        gv[r] += we * g[r][e];
-                        total += v[r] * g[r][e];
-                    }
-                    store_up_to(part + e * d + j, total, d - j);
-                }
-                for (int r = 0; r < rows && grad_x; r++) store_up_to(grad_x + (i + r) * d + j, gv[r], d - j);
-            }
-            if ((i - first) % FLOOR == FLOOR - PATCH || i + PATCH >= last) move_up(part, experts * d);
-        }
-    }
-    add_parts(parts + experts * d, used, 2 * experts * d, experts * d, grad_w);
-}
-
-void sort_by_expert(const int64_t *expert, int64_t *order, int64_t *count, int64_t m, int64_t experts, int threads) {
-    (void)threads; /* microseconds */
-    int64_t place[experts];
-    memset(count, 0, experts * sizeof(int64_t));
-    for (int64_t i = 0; i < m; i++) count[expert[i]]++;
-    for (int64_t e = 0, first = 0; e < experts; first += count[e++]) place[e] = first;
-    for (int64_t i = 0; i < m; i++) order[place[expert[i]]++] = i;
 }
 
 /* ---- Products of few rows ---- */
@@ -662,17 +697,17 @@ static void few_rows_transposed(const float *a, int64_t lda, const float *b, int
         }
 }
 
-/* c (rows, columns) = a^T b for few rows n of a and b, of which b has room for whole tiles; row i of a is item[i], if
- * that is given. `large`: c is a part of more than caches hold. */
-static void few_rows_outer(const float *a, const int64_t *item, int64_t lda, const float *b, int64_t ldb, float *c,
-                           int64_t ldc, int64_t n, int64_t rows, int64_t columns, int large) {
+/* c (rows, columns) = a^T b for few rows n of a and b, of which b has room for whole tiles. `large`: c is a
+ * part of more than caches hold. */
+static void few_rows_outer(const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
+                           int64_t n, int64_t rows, int64_t columns, int large) {
     int past_caches = large && n <= OUTER_DEPTH && ((uintptr_t)c | ldc * sizeof(float)) % sizeof(vec) == 0;
     float strip[OUTER_DEPTH * STRIP], edge[TILE_ROWS * TILE_COLUMNS];
     for (int64_t i = 0; i < rows; i += STRIP)
         for (int64_t k = 0; k < n; k += OUTER_DEPTH) {
             int64_t depth = n - k < OUTER_DEPTH ? n - k : OUTER_DEPTH, height = rows - i < STRIP ? rows - i : STRIP;
             for (int64_t r = 0; r < depth; r++)
-                memcpy(strip + r * STRIP, a + (item ? item[k + r] : k + r) * lda + i, height * sizeof(float));
+                memcpy(strip + r * STRIP, a + (k + r) * lda + i, height * sizeof(float));
             for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
                 for (int64_t r = 0; r < height; r += TILE_ROWS) {
                     int64_t m = height - r < TILE_ROWS ? height - r : TILE_ROWS, width = columns - j;
@@ -715,79 +750,97 @@ INLINE task_t task_at(tasks_t tasks, int64_t index, int64_t columns, int64_t exp
     int64_t last = first + tasks.chunk < columns ? first + tasks.chunk : columns;
     return (task_t){e, first_row[e], first_row[e + 1] - first_row[e], first, last};
 }
+typedef struct {
+    const float *x;
+    const int64_t *first_row;
+    const float *w1, *b1, *w2, *b2;
+    float *hidden, *act, *out;
+    int64_t experts, d, h, by_tanh, threads;
+} few_rows_experts_t;
 
-void few_rows_experts(const float *x, const int64_t *item, const int64_t *first_row, const float *w1, const float *b1,
-                      const float *w2, float *x_rows, float *hidden, float *act, float *out, int64_t experts, int64_t d,
-                      int64_t h, int by_tanh, int threads) {
-    int64_t ldh = row_stride(h), ldo = row_stride(d);
-    tasks_t over_h = tasks_of(h, experts, threads), over_d = tasks_of(d, experts, threads);
-#pragma omp parallel num_threads(threads)
+/* out = GELU(x w1 + b1) w2 + b2 for the rows first_row[e] to first_row[e + 1] of each expert e. `hidden`, x w1, and
+ * `act`, which may be the same, have rows of row_stride(h), `out` of row_stride(d). */
+void few_rows_experts(const few_rows_experts_t *a) {
+    int64_t experts = a->experts, d = a->d, h = a->h, ldh = row_stride(h), ldo = row_stride(d);
+    tasks_t over_h = tasks_of(h, experts, a->threads), over_d = tasks_of(d, experts, a->threads);
+#pragma omp parallel num_threads(a->threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < first_row[experts]; i++) memcpy(x_rows + i * d, x + item[i] * d, d * sizeof(float));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < over_h.number; i++) {
-            task_t t = task_at(over_h, i, h, experts, first_row);
+            task_t t = task_at(over_h, i, h, experts, a->first_row);
             if (!t.n) continue;
-            few_rows(x_rows + t.row * d, d, w1 + t.expert * d * h, h, hidden + t.row * ldh, ldh, t.n, d, t.first,
+            few_rows(a->x + t.row * d, d, a->w1 + t.expert * d * h, h, a->hidden + t.row * ldh, ldh, t.n, d, t.first,
                      t.last);
             for (int64_t at = t.row * ldh + t.first; at < (t.row + t.n) * ldh; at += ldh)
-                gelu_row(hidden + at, b1 + t.expert * h + t.first, act + at, t.last - t.first, by_tanh);
+                gelu_row(a->hidden + at, a->b1 + t.expert * h + t.first, a->act + at, t.last - t.first, a->by_tanh);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < over_d.number; i++) {
-            task_t t = task_at(over_d, i, d, experts, first_row);
+            task_t t = task_at(over_d, i, d, experts, a->first_row);
             if (!t.n) continue;
-            few_rows(act + t.row * ldh, ldh, w2 + t.expert * h * d, d, out + t.row * ldo, ldo, t.n, h, t.first, t.last);
+            few_rows(a->act + t.row * ldh, ldh, a->w2 + t.expert * h * d, d, a->out + t.row * ldo, ldo, t.n, h,
+                     t.first, t.last);
+            for (int64_t r = t.row; r < t.row + t.n; r++)
+                for (int64_t j = t.first; j < t.last; j++) a->out[r * ldo + j] += a->b2[t.expert * d + j];
         }
     }
 }
 
-/* `grad` is that of the gated sums; `grad_rows`, `grad_hidden` and `act` are room. What comes of an expert's columns of
- * hidden is done at once, while they are in cache; its input's gradient needs them all. `grad_x` may be `out`.
- * `large`: the weights' gradients are more than caches hold. */
-void few_rows_experts_backward(const float *x, const float *grad, const int64_t *item, const int64_t *first_row,
-                               const float *gate, const float *w1, const float *b1, const float *w2, const float *b2,
-                               const float *hidden, const float *out, float *grad_gate, float *grad_x, float *grad_w1,
-                               float *grad_b1, float *grad_w2, float *grad_b2, float *grad_rows, float *grad_hidden,
-                               float *act, float *parts, int64_t experts, int64_t d, int64_t h, int by_tanh,
-                               int large, int threads) {
-    int64_t ldh = row_stride(h), ldo = row_stride(d), room = 2 * (d > h ? d : h);
-    tasks_t over_h = tasks_of(h, experts, threads), over_d = tasks_of(d, experts, threads);
-#pragma omp parallel num_threads(threads)
+typedef struct {
+    const float *x;
+    const int64_t *first_row;
+    const float *w1, *b1, *w2, *hidden, *grad;
+    float *grad_x, *grad_w1, *grad_b1, *grad_w2, *grad_b2, *grad_rows, *grad_hidden, *act, *parts;
+    int64_t experts, d, h, by_tanh, large, threads;
+} few_rows_experts_backward_t;
+
+/* `grad` (m, d) is that of the outputs; `grad_rows` is room for it in rows of row_stride(d), `grad_hidden` and `act` are
+ * room like `hidden`. What follows from an expert's columns of hidden is computed at once, while they are in cache; its
+ * input's gradient, in rows of row_stride(d), needs them all. What is NULL is left out. `large`: the weights' gradients
+ * are more than caches hold. */
+void few_rows_experts_backward(const few_rows_experts_backward_t *a) {
+    int64_t experts = a->experts, d = a->d, h = a->h, ldh = row_stride(h), ldo = row_stride(d);
+    int64_t room = 2 * (d > h ? d : h);
+    tasks_t over_h = tasks_of(h, experts, a->threads), over_d = tasks_of(d, experts, a->threads);
+#pragma omp parallel num_threads(a->threads)
     {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t e = 0; e < experts; e++) {
-            if (first_row[e] == first_row[e + 1]) continue;
-            float *sums = clear_sums(parts, room, d);
-            gather_gated_rows(grad, item, gate, out, b2 + e * d, grad_rows, ldo, grad_gate, sums, first_row[e],
-                              first_row[e + 1], d);
-            memcpy(grad_b2 + e * d, sums + d, d * sizeof(float));
-            for (int64_t i = first_row[e]; i < first_row[e + 1]; i++)
-                memset(grad_rows + i * ldo + d, 0, (ldo - d) * sizeof(float));
+            int64_t first = a->first_row[e], last = a->first_row[e + 1];
+            if (first == last) continue;
+            float *sums = clear_sums(a->parts, room, d);
+            for (int64_t i = first; i < last; i++) {
+                float *to = a->grad_rows + i * ldo;
+                memcpy(to, a->grad + i * d, d * sizeof(float));
+                memset(to + d, 0, (ldo - d) * sizeof(float));
+                for (int64_t j = 0; j < d; j++) sums[j] += to[j];
+                if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(sums, d);
+            }
+            memcpy(a->grad_b2 + e * d, sums + d, d * sizeof(float));
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < over_h.number; i++) {
-            task_t t = task_at(over_h, i, h, experts, first_row);
+            task_t t = task_at(over_h, i, h, experts, a->first_row);
             if (!t.n) continue;
             int64_t width = t.last - t.first, at = t.row * ldh + t.first, of_h = t.expert * h + t.first;
-            const float *dy = grad_rows + t.row * ldo;
-            few_rows_transposed(dy, ldo, w2 + t.expert * h * d, d, grad_hidden + t.row * ldh, ldh, t.n, d, t.first,
-                                t.last);
-            float *sums = clear_sums(parts, room, width);
-            gelu_backward_rows(hidden + at, b1 + of_h, grad_hidden + at, act + at, ldh, sums, 0, t.n, width, by_tanh);
-            memcpy(grad_b1 + of_h, sums + width, width * sizeof(float));
-            if (grad_w2) few_rows_outer(act + at, NULL, ldh, dy, ldo, grad_w2 + of_h * d, d, t.n, width, d, large);
-            if (grad_w1)
-                few_rows_outer(x, item + t.row, d, grad_hidden + at, ldh, grad_w1 + t.expert * d * h + t.first, h,
-                               t.n, d, width, large);
+            const float *dy = a->grad_rows + t.row * ldo;
+            float *grad_hidden = a->grad_hidden + t.row * ldh, *sums = clear_sums(a->parts, room, width);
+            few_rows_transposed(dy, ldo, a->w2 + t.expert * h * d, d, grad_hidden, ldh, t.n, d, t.first, t.last);
+            gelu_backward_rows(a->hidden + at, a->b1 + of_h, a->grad_hidden + at, a->act + at, ldh, sums, 0, t.n,
+                               width, a->by_tanh);
+            memcpy(a->grad_b1 + of_h, sums + width, width * sizeof(float));
+            if (a->grad_w2)
+                few_rows_outer(a->act + at, ldh, dy, ldo, a->grad_w2 + of_h * d, d, t.n, width, d, a->large);
+            if (a->grad_w1)
+                few_rows_outer(a->x + t.row * d, d, a->grad_hidden + at, ldh, a->grad_w1 + t.expert * d * h + t.first,
+                               h, t.n, d, width, a->large);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < over_d.number; i++) {
-            task_t t = task_at(over_d, i, d, experts, first_row);
-            if (!t.n || !grad_x) continue;
-            few_rows_transposed(grad_hidden + t.row * ldh, ldh, w1 + t.expert * d * h, h, grad_x + t.row * ldo, ldo,
-                                t.n, h, t.first, t.last);
+            task_t t = task_at(over_d, i, d, experts, a->first_row);
+            if (!t.n || !a->grad_x) continue;
+            few_rows_transposed(a->grad_hidden + t.row * ldh, ldh, a->w1 + t.expert * d * h, h,
+                                a->grad_x + t.row * ldo, ldo, t.n, h, t.first, t.last);
         }
     }
 }

@@ -1,4 +1,4 @@
-"""Not a test: `sparse-mlp pretrain` with the arguments of SPEC; it kills itself before the step SPEC names."""
+"""Not a test: `sparse-mlp train` with the arguments of SPEC; it kills itself before the step SPEC names."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ def kill_before(task: Moco, step: int, steps: int) -> None:
 
 
 Moco.before_step = kill_before  # type: ignore[method-assign]
-sys.exit(main(["pretrain", *SPEC["arguments"]]))
+sys.exit(main(["train", *SPEC["arguments"]]))
