@@ -3,8 +3,8 @@
     python -m experiments.digits.seeds NAME [NAME ...]         # trains what is missing, prints accuracies and losses
     python -m experiments.digits.seeds --epochs 60 "sparse, plain, as it is"          # the demo's own recipe
 
-The names are those of `folds.py --list`. Runs are resumed where they were stopped. The split is fixed (a third for test); a seed draws the weights, the order, the augmentation and the router's
-noise.
+The names are those of `folds.py --list`. Runs are resumed where they were stopped. The split is fixed (a third for
+test); a seed draws the weights, the order, the augmentation and the router's noise.
 """
 
 from __future__ import annotations

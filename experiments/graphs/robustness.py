@@ -99,9 +99,7 @@ def main() -> None:
                 graph = corrupt_edges(clean, share, 1000 + seed)
                 for method in args.methods:
                     key = key_of(name, share, method, seed)
-                    found = results.get(
-                        key, lambda m=method, g=graph, c=share, s=seed: before(m, g, c, s, args.runs)
-                    )
+                    found = results.get(key, lambda m=method, g=graph, c=share, s=seed: before(m, g, c, s, args.runs))
                     print(f"{key}: {found['test']:.1f}", flush=True)
         if set(args.methods) == set(METHODS):
             show(name, results.runs, args.seeds)

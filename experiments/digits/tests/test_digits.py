@@ -52,9 +52,8 @@ def test_a_short_run_is_tabled(
     name = "mixer, crops, as it is"
     limits = ["--seeds", "1"] if program is seeds else []
     monkeypatch.setattr(folds, "FOLDS", 2)
-    monkeypatch.setattr(
-        sys, "argv", ["x", "--epochs", "0.3", "--runs", str(tmp_path), "--json", str(tmp_path / "a.json"), *limits, name]
-    )
+    options = ["--epochs", "0.3", "--runs", str(tmp_path), "--json", str(tmp_path / "a.json"), *limits]
+    monkeypatch.setattr(sys, "argv", ["program", *options, name])
     program.main()  # type: ignore[attr-defined]
     found = json.loads((tmp_path / "a.json").read_text())["found"][name]
     assert len(found["top1"]) == (1 if program is seeds else 2) and 0 <= min(found["top1"]) <= 1
