@@ -307,6 +307,7 @@ def test_the_verbs_serve_it(folder, tmp_path, capsys):
     np.save(tmp_path / "new.npy", np.zeros((3, 8), np.float32))
     assert main(["predict", str(run.path), str(tmp_path / "new.npy"), "--out", str(tmp_path / "out.csv")]) == 0
     assert (tmp_path / "out.csv").read_text().splitlines()[0] == "node,class,probability"
+    capsys.readouterr()
     assert main(["train", "graph"]) == 2
     error = capsys.readouterr().err
     assert "which graph? --data.source FILE" in error and error.count("\n") == 1
