@@ -1,4 +1,4 @@
-"""The headline experiment: Sparse-MLP against dense Mixers on CIFAR-10, as a list of named runs.
+"""The headline experiment as a list of named runs: Sparse-MLP against dense Mixers on CIFAR-10.
 
 The paper's claim is that at equal compute the sparse model is ahead. Three models are compared:
 
@@ -7,8 +7,7 @@ The paper's claim is that at equal compute the sparse model is ahead. Three mode
 - `mixer_wide`: the dense Mixer with as many parameters. It costs more an image, so that it gets fewer steps.
 
 Lengths are in steps, never in minutes, and every run of a part spends the same multiply-adds in training, to 1 %
-(tests/recipes/test_headline.py counts them): a figure does not depend on what else the machine was doing. Everything is
-small, for two CPU cores: see docs/headline.md.
+(tests/test_arms.py counts them): a figure does not depend on what else the machine was doing.
 """
 
 from __future__ import annotations
@@ -20,15 +19,20 @@ from typing import Any
 from sparse_mlp.data import AugmentConfig, DataConfig, ViewsConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.recipes.finetune import linear_probe
-from sparse_mlp.recipes.pretrain import PretrainRecipe, resolve
+from sparse_mlp.jobs import ModelConfig
 from sparse_mlp.jobs.classify import ClassifyRecipe
-from sparse_mlp.jobs.recipe import ModelConfig
+from sparse_mlp.jobs.knn import KnnRecipe
+from sparse_mlp.jobs.pretrain import PretrainRecipe
+from sparse_mlp.recipes.pretrained import linear_probe
 from sparse_mlp.tasks.classify import ClassifyConfig
 from sparse_mlp.tasks.moco import MocoConfig
 
-PARTS = ("supervised", "pretrain", "linear", "finetune", "transfer", "ablations")
-"""What `sparse-mlp headline run` takes: from scratch; MoCo v3 and what its features are worth; one change at a time."""
+HeadlineRecipe = ClassifyRecipe | PretrainRecipe | KnnRecipe
+
+PARTS = ("supervised", "pretrain", "linear", "knn", "finetune", "transfer", "ablations")
+"""From scratch; MoCo v3 and what its features are worth; one change at a time."""
+
+_NEED_PRETRAINING = ("linear", "knn", "finetune", "transfer")
 
 BATCH_SIZE = 128
 STEPS = 1560  # of sparse and mixer: 4 epochs of CIFAR-10
@@ -37,6 +41,18 @@ PRETRAIN_BATCH_SIZE, PRETRAIN_STEPS = 256, 585  # 3 epochs, two views of each im
 LINEAR_STEPS = 780  # 2 epochs, the same for every model: a measure, no budget
 FINETUNE_STEPS = 390  # 1 epoch
 TRANSFER_STEPS = 390  # 5 epochs of a fifth of CIFAR-100
+
+CIFAR10 = DataConfig(name="cifar10", batch_size=BATCH_SIZE, download=True)
+CIFAR100_FIFTH = DataConfig(
+    name="folder",
+    root="data/cifar100_fifth",
+    image_size=32,
+    batch_size=BATCH_SIZE,
+    mean=(0.5071, 0.4865, 0.4409),  # of all of CIFAR-100
+    std=(0.2673, 0.2564, 0.2762),
+    crop_pct=1.0,
+)
+"""A class-balanced fifth of CIFAR-100 as image files; experiments/data writes them."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +100,10 @@ class NamedRun:
 
     part: str
     arm: str
-    recipe: Recipe | PretrainRecipe
+    seed: int
+    recipe: HeadlineRecipe
     source: str | None = None
     """Name of the run whose weights it begins with."""
-
-    @property
-    def seed(self) -> int:
-        return self.recipe.train.seed
 
     @property
     def name(self) -> str:
@@ -100,7 +113,7 @@ class NamedRun:
 def headline_runs(parts: tuple[str, ...] = PARTS, seeds: int = 3) -> Iterator[NamedRun]:
     """The runs of some parts in the order to make them: all models with the first seed, then with the next.
 
-    ValueError for an unknown part, or less than one seed.
+    UserError for an unknown part, or less than one seed.
     """
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")
@@ -110,18 +123,18 @@ def headline_runs(parts: tuple[str, ...] = PARTS, seeds: int = 3) -> Iterator[Na
     for part in (part for part in PARTS if part in parts and part != "ablations"):
         for seed in range(seeds):
             for arm, contestant in CONTESTANTS.items():
-                source = f"pretrain/{arm}/seed{seed}" if part in ("linear", "finetune", "transfer") else None
-                yield NamedRun(part, arm, _RECIPES[part](contestant, seed), source)
+                source = f"pretrain/{arm}/seed{seed}" if part in _NEED_PRETRAINING else None
+                yield NamedRun(part, arm, seed, _RECIPES[part](contestant, seed), source)
     if "ablations" in parts:
         for arm, contestant in ABLATIONS.items():
-            yield NamedRun("ablations", arm, _supervised(contestant, seed=0, steps=ABLATION_STEPS))
+            yield NamedRun("ablations", arm, 0, _supervised(contestant, seed=0, steps=ABLATION_STEPS))
 
 
 def _supervised(contestant: Contestant, seed: int, steps: int = STEPS, lr: float = 4e-3) -> ClassifyRecipe:
     return ClassifyRecipe(
         name="headline",
         model=contestant.model,
-        data=DataConfig(name="cifar10", batch_size=BATCH_SIZE, download=True),
+        data=CIFAR10,
         augment=AugmentConfig(pad=4, flip=0.5),
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(lr=lr, weight_decay=0.05),
@@ -131,17 +144,15 @@ def _supervised(contestant: Contestant, seed: int, steps: int = STEPS, lr: float
 
 
 def _pretrain(contestant: Contestant, seed: int) -> PretrainRecipe:
-    return resolve(
-        PretrainRecipe(
-            name="headline",
-            model=contestant.model,
-            data=DataConfig(name="cifar10", batch_size=PRETRAIN_BATCH_SIZE, download=True),
-            views=ViewsConfig(blur=(0.0, 0.0)),  # none on 32 pixels, as SimCLR (arXiv 2002.05709, appendix B.9)
-            task=MocoConfig(hidden_dim=512, out_dim=128, knn_images=5000),
-            optim=OptimConfig(lr=3e-3, weight_decay=0.1),
-            schedule=ScheduleConfig(warmup_steps=50),
-            train=_training(round(PRETRAIN_STEPS * contestant.steps), seed),
-        )
+    return PretrainRecipe(
+        name="headline",
+        model=contestant.model,
+        data=replace(CIFAR10, batch_size=PRETRAIN_BATCH_SIZE),
+        views=ViewsConfig(blur=(0.0, 0.0)),  # none on 32 pixels, as SimCLR (arXiv 2002.05709, appendix B.9)
+        task=MocoConfig(hidden_dim=512, out_dim=128, knn_images=5000),
+        optim=OptimConfig(lr=3e-3, weight_decay=0.1),
+        schedule=ScheduleConfig(warmup_steps=50),
+        train=_training(round(PRETRAIN_STEPS * contestant.steps), seed),
     )
 
 
@@ -151,10 +162,15 @@ def _linear(contestant: Contestant, seed: int) -> ClassifyRecipe:
         published,
         name="headline",
         model=contestant.model,
-        data=DataConfig(name="cifar10", batch_size=BATCH_SIZE, download=True),
+        data=CIFAR10,
         optim=replace(published.optim, lr=published.optim.lr * BATCH_SIZE / published.data.batch_size),
         train=replace(_training(LINEAR_STEPS, seed), clip_grad=None),
     )
+
+
+def _knn(contestant: Contestant, seed: int) -> KnnRecipe:
+    """The seed is that of the pre-training; nothing is drawn here."""
+    return KnnRecipe(name="headline", model=contestant.model, data=CIFAR10)
 
 
 def _finetune(contestant: Contestant, seed: int) -> ClassifyRecipe:
@@ -162,34 +178,18 @@ def _finetune(contestant: Contestant, seed: int) -> ClassifyRecipe:
 
 
 def _transfer(contestant: Contestant, seed: int) -> ClassifyRecipe:
-    recipe = _supervised(contestant, seed, TRANSFER_STEPS, lr=2e-3)
-    return replace(recipe, data=DataConfig(name="cifar100_fifth", batch_size=BATCH_SIZE))
+    return replace(_supervised(contestant, seed, TRANSFER_STEPS, lr=2e-3), data=CIFAR100_FIFTH)
 
 
 def _training(steps: int, seed: int) -> TrainConfig:
     return TrainConfig(steps=steps, seed=seed, clip_grad=1.0, log_every=25, eval_every=195, save_every=100, keep=1)
 
 
-_RECIPES: dict[str, Callable[[Contestant, int], Recipe | PretrainRecipe]] = {
+_RECIPES: dict[str, Callable[[Contestant, int], HeadlineRecipe]] = {
     "supervised": _supervised,
     "pretrain": _pretrain,
     "linear": _linear,
+    "knn": _knn,
     "finetune": _finetune,
     "transfer": _transfer,
 }
-
-
-def headline_sparse() -> ClassifyRecipe:
-    """The Sparse-MLP of the headline experiment, supervised: 4 epochs of CIFAR-10 (docs/headline.md).
-
-    sparse-mlp train headline_sparse
-    """
-    return replace(_supervised(CONTESTANTS["sparse"], seed=0), name="headline_sparse")
-
-
-def headline_mixer() -> ClassifyRecipe:
-    """The dense Mixer with as many multiply-adds as headline_sparse, trained alike.
-
-    sparse-mlp train headline_mixer
-    """
-    return replace(_supervised(CONTESTANTS["mixer"], seed=0), name="headline_mixer")

@@ -1,23 +1,30 @@
-"""A study of several models with several seeds each: a table of means and spreads, and curves at equal compute."""
+"""Several models with several seeds each: a table of means and spreads, and curves at equal compute."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
-from sparse_mlp.report.analysis import balance
-from sparse_mlp.report.compare_curves import compute
-from sparse_mlp.report.curves import percent, plain, round_ticks
-from sparse_mlp.report.run import Run
-from sparse_mlp.report.style import RUN_STYLES, panel, styled
-from sparse_mlp.report.style import title as set_title
+from sparse_mlp.report import Run
 
 _TERA = 1e12
+_COLUMNS = (
+    "model",
+    "parameters",
+    "mult-adds an image",
+    "steps",
+    "mult-adds of training",
+    "top-1, mean ± sd",
+    "seeds",
+    "against the first",
+    "training time",
+    "busiest expert",
+)
 
 
 @dataclass(frozen=True)
@@ -27,23 +34,37 @@ class Arm:
     name: str
     macs: int
     """Multiply-adds of an image."""
+    parameters: int
     runs: list[Run]
-    scores: list[float] = field(default_factory=list)
-    """Accuracy of each run, where it is not the run's own top-1."""
+    accuracies: list[float] = field(default_factory=list)
+    """Of each run, as a share of 1."""
     passes: float = 3.0
     """Forward passes that a training step costs an image; a backward pass counts as two."""
     before: float = 0.0
     """Multiply-adds that were spent before these runs, on pre-training."""
 
     @property
-    def accuracies(self) -> list[float]:
-        return self.scores or [run.top1 for run in self.runs if run.top1 is not None]
-
-    @property
     def spent(self) -> float:
         """Multiply-adds of training, in one run and before it."""
-        run = self.runs[0]
-        return self.before + self.passes * self.macs * run.last_step * run.config["data"]["batch_size"]
+        return self.before + float(training_cost(self, self.runs[0], self.runs[0].last_step))
+
+
+def training_cost(arm: Arm, run: Run, steps: Any) -> Any:
+    """Multiply-adds of training up to each of some steps."""
+    return steps * (arm.passes * arm.macs * run.config["data"]["batch_size"])
+
+
+def arm_results(arm: Arm) -> dict[str, Any]:
+    """The figures of an arm as results.json holds them."""
+    return {
+        "top1": arm.accuracies,
+        "parameters": arm.parameters,
+        "macs": arm.macs,
+        "steps": arm.runs[0].last_step,
+        "training_macs": arm.spent,
+        "seconds": [run.seconds for run in arm.runs],
+        "busiest": busiest_loads(arm.runs),
+    }
 
 
 def study_table(arms: Sequence[Arm], planned: int) -> str:
@@ -51,13 +72,11 @@ def study_table(arms: Sequence[Arm], planned: int) -> str:
 
     The spread is the standard deviation over the seeds (n - 1), the difference is paired by seed where both have them.
     """
-    head = "| model | parameters | mult-adds an image | steps | mult-adds of training | top-1, mean ± sd | seeds | "
-    head += "against the first | training time | busiest expert |"
-    lines = [head, "|---" * 10 + "|"]
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
     for arm in (arm for arm in arms if arm.runs):
         cells = [
             arm.name,
-            f"{(arm.runs[0].parameters or 0) / 1e6:.2f} M",
+            f"{arm.parameters / 1e6:.2f} M",
             f"{arm.macs / 1e6:.1f} M",
             f"{arm.runs[0].last_step:,}",
             f"{arm.spent / _TERA:.1f} T",
@@ -86,34 +105,35 @@ def difference(arm: Arm, first: Arm) -> str:
     return f"{mean(found):+.2f}{deviation}"
 
 
+def busiest_loads(runs: Sequence[Run]) -> list[float]:
+    """For each run with measured routing, the largest load of any expert of any layer over its fair share."""
+    loads = [[layer.final_load() for layer in run.routing.values()] for run in runs if run.routing]
+    return [max(float(load.max()) * len(load) for load in layers) for layers in loads]
+
+
 def busiest(runs: Sequence[Run]) -> str:
-    """The largest load of any expert of any layer, over its fair share; the mean over the runs."""
-    loads = [max(balance(layer.final_load()).busiest for layer in run.routing.values()) for run in runs if run.routing]
-    if not loads:
-        return "not measured" if any(run.has_experts for run in runs) else "dense"  # a frozen model measures none
-    return f"{mean(loads):.2f} x"
+    """The mean over the runs of the busiest expert's load over its share."""
+    found = [load for load in busiest_loads(runs) if load > 0]
+    return f"{mean(found):.2f} x" if found else "-"
 
 
-@styled
-def study_figure(arms: Sequence[Arm], heading: str, metric: str = "top1") -> Figure:
+def study_figure(arms: Sequence[Arm], metric: str, label: str) -> Figure:
     """Accuracy in each evaluation over multiply-adds of training: the mean of an arm's runs, a band worst to best."""
-    figure, axes = panel(width=5.2, height=3.2)
-    for arm, (colour, dash) in zip((arm for arm in arms if arm.runs), RUN_STYLES, strict=False):
-        curves = [(compute(run, run.evals.step, arm.macs, arm.passes), run.evals.get(metric)) for run in arm.runs]
-        known = [(np.asarray(x) / _TERA, y) for x, y in curves if x is not None and len(x)]
-        if not known:
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for arm in (arm for arm in arms if arm.runs):
+        curves = [(training_cost(arm, run, run.evals.step) / _TERA, 100 * run.evals.get(metric)) for run in arm.runs]
+        curves = [(x, y) for x, y in curves if len(x)]
+        if not curves:
             continue
-        x = min((x for x, _ in known), key=len)
-        rows = np.stack([np.interp(x, own, y) for own, y in known])
-        axes.plot(x, rows.mean(axis=0), color=colour, linestyle=dash, marker="o", markersize=2.4, label=arm.name)
+        x = min((x for x, _ in curves), key=len)
+        rows = np.stack([np.interp(x, *curve) for curve in curves])
+        (line,) = axes.plot(x, rows.mean(axis=0), marker="o", markersize=2.4, label=arm.name)
         if len(rows) > 1:
-            axes.fill_between(x, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(x, rows.min(axis=0), rows.max(axis=0), color=line.get_color(), alpha=0.18, linewidth=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("tera-multiply-adds of training; a backward pass counts as two forward passes")
-    axes.xaxis.set_major_locator(round_ticks(6))
-    axes.yaxis.set_major_locator(round_ticks(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(plain))
-    axes.yaxis.set_major_formatter(FuncFormatter(percent))
-    axes.legend(loc="best", labelcolor="linecolor")
-    set_title(axes, heading)
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return figure

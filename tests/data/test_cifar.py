@@ -103,6 +103,34 @@ def test_a_download_that_fails_is_one_line(cifar100: Path, capfd: pytest.Capture
     assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
 
 
+def test_labels_out_of_range_are_one_line(cifar100: Path, monkeypatch: pytest.MonkeyPatch):
+    path = cifar100 / CIFAR100.base_folder / "train"
+    content = pickle.loads(path.read_bytes())
+    content["fine_labels"][3] = 100
+    path.write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", hashlib.md5(path.read_bytes()).hexdigest()]])
+    with pytest.raises(OSError, match=r"has training labels of cifar100 that are not integers in 0\.\.99$"):
+        build_datasets(DataConfig(name="cifar100", root=str(cifar100)), AugmentConfig())
+
+
+def test_as_many_labels_as_images(cifar100: Path, monkeypatch: pytest.MonkeyPatch):
+    path = cifar100 / CIFAR100.base_folder / "train"
+    content = pickle.loads(path.read_bytes())
+    content["fine_labels"] = content["fine_labels"][1:]
+    path.write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", hashlib.md5(path.read_bytes()).hexdigest()]])
+    with pytest.raises(OSError, match=r"has 20 training images of cifar100 and 19 labels$"):
+        build_datasets(DataConfig(name="cifar100", root=str(cifar100)), AugmentConfig())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no zip"])
+def test_a_damaged_archive_is_one_line(strips: Path, content: bytes):
+    (strips / "data_batch_1.zip").write_bytes(content)
+    with pytest.raises(OSError, match=f"the files of cifar10 in {strips} are damaged: ") as error:
+        build_datasets(DataConfig(name="cifar10", root=str(strips)), AugmentConfig())
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.slow  # decodes all 60,000 images twice: about 8 s
 def test_official_files_are_rebuilt_byte_for_byte(data_root: Path, tmp_path: Path):
     files = rebuild_official(data_root / "cifar10", tmp_path)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparse_mlp.report.study import Arm, difference, spread
+from experiments.headline.study import Arm, difference, spread
 
 
 def test_spread_is_mean_and_sample_deviation():
@@ -15,4 +15,4 @@ def test_spread_is_mean_and_sample_deviation():
 def test_differences_are_paired_by_seed(own: list[float], expected: str):
     """(3, 5) against (2, 2): +1 and +3, mean 2, deviation sqrt(2). Against (1, 2) of one seed: -0.5."""
     first = {2: [0.02, 0.02], 1: [0.01, 0.02]}[len(own)]
-    assert difference(Arm("a", 1, [], own), Arm("b", 1, [], first)) == expected
+    assert difference(Arm("a", 1, 1, [], own), Arm("b", 1, 1, [], first)) == expected

@@ -61,15 +61,11 @@ def asks_help(arguments: Sequence[str]) -> bool:
 
 
 def _first_message(box: str) -> str:
-    """What a frame of tyro's says before its first rule, as one line."""
-    lines = (line.strip("│| ") for line in box.splitlines())
-    message: list[str] = []
-    for line in lines:
-        if line and set(line) <= set("─-"):
-            break
-        if line and line[0] not in "╭╰":
-            message.append(line)
-    return " ".join(message)
+    """What an error of tyro's says before its first rule, as one line."""
+    # Inside a frame of lines, or indented by two where the terminal has no such characters.
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith(("│ ", "  "))]
+    rule = next((i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}), len(lines))
+    return " ".join(line for line in lines[:rule] if line)
 
 
 def _unknown(word: str, known: Any, prog: str) -> str:

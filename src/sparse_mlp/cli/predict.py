@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
     else:
         _write(rows, output.out)
         sys.stderr.write(f"sparse-mlp: {len(rows)} rows: {output.out}\n")
-    return 0
+    return 2 if any("error" in row for row in rows) else 0
 
 
 def _show(rows: Sequence[Row]) -> None:

@@ -14,6 +14,8 @@ from sparse_mlp.cli.parse import HELP, HELP_ALL, parse, parse_known, split_names
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Recipe
 
+_FIELDS = "Every field of the recipe is an option; the defaults shown are the recipe's."
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -53,7 +55,7 @@ def run(arguments: list[str]) -> int:
 
 def change(recipe: Recipe, options: Sequence[str], prog: str = "train") -> Recipe:
     """The recipe with the options of a command line in it, and what follows from them."""
-    return jobs.settle(recipe, parse(type(recipe), options, prog=prog, description=TRAIN, default=recipe))
+    return jobs.settle(recipe, parse(type(recipe), options, prog=prog, description=_FIELDS, default=recipe))
 
 
 def _resume(given: TrainOptions, names: list[str], options: list[str]) -> None:

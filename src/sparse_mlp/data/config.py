@@ -136,6 +136,8 @@ def check_configs(data: DataConfig, augment: AugmentConfig) -> None:
         _between(f"data.{name}", getattr(data, name), least, math.inf)
     for name in ("num_classes", "num_samples"):
         _between(f"data.{name}", getattr(data, name), 1, math.inf)
+    if data.label_seed and data.label_share is None:
+        raise UserError(f"data.label_seed {data.label_seed} would be ignored: data.label_share is not set")
     _between("data.crop_pct", data.crop_pct, 0, 1, open_below=True)
     for value in data.mean or ():
         _between("data.mean", value, 0, 1)

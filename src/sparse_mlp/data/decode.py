@@ -87,12 +87,14 @@ def decode_image(file: IO[bytes], channels: int, name: str) -> Image.Image:
                 return convert_image(image, channels)
     # Pillow's decoders raise whatever the damage leads to: OSError, SyntaxError, ValueError, struct.error, EOFError...
     except Exception as error:
-        raise BadImageError(f"cannot read image {name}: {_reason(error)}") from error
+        raise BadImageError(f"cannot read image {name}: {_reason(error, name)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, name: str) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image of a format that is read"
+        ending = Path(name).suffix.lower()
+        known = ending in Image.registered_extensions() and ending not in image_endings()
+        return f"images ending in {ending} are not read" if known else "not an image"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; Pillow takes it for a decompression bomb"
     return display_name(str(error).split("\n")[0] or type(error).__name__)

@@ -13,7 +13,7 @@ from sparse_mlp.data.decode import display_name, image_endings
 
 _log = logging.getLogger(__name__)
 
-_HIDDEN, _IRREGULAR = "whose name begins with a dot", "that is not a regular file"
+HIDDEN, _IRREGULAR = "hidden (leading dot)", "not regular files"
 
 
 def is_hidden(name: str) -> bool:
@@ -40,7 +40,7 @@ def walk_images(root: Path, recursive: bool = True) -> tuple[list[Path], Counter
             for entry in entries:
                 path = folder / entry.name
                 if is_hidden(entry.name):
-                    left_out[_HIDDEN] += 1
+                    left_out[HIDDEN] += 1
                 elif entry.is_dir():
                     if recursive:
                         folders.append(path)
@@ -58,11 +58,11 @@ def _unread(path: Path) -> str | None:
     ending = path.suffix.lower()
     if ending in image_endings():
         return None
-    return f"with the ending {display_name(ending)}" if ending else "without an ending"
+    return f"ending in {display_name(ending)}" if ending else "without an ending"
 
 
 def describe_left_out(where: Path | str, left_out: Counter[str]) -> str:
-    """One line for a person, as: left out of photos: 3 files with the ending .txt, 1 whose name begins with a dot."""
+    """One line for a person, as: left out of photos: 3 ending in .txt, 1 hidden (leading dot)."""
     parts = [f"{count} {reason}" for reason, count in left_out.most_common(6)]
     rest = sum(left_out.values()) - sum(count for _, count in left_out.most_common(6))
     parts += [f"{rest} others"] if rest else []

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from sparse_mlp.data.decode import display_name, read_image
-from sparse_mlp.data.files import describe_left_out, is_hidden, walk_images
+from sparse_mlp.data.files import HIDDEN, describe_left_out, is_hidden, walk_images
 from sparse_mlp.errors import UserError
 
 _TEST_NAMES = ("val", "valid", "validation", "test")
@@ -133,7 +133,7 @@ def _list_files(root: Path, notes: list[str]) -> tuple[list[str], dict[str, list
     files: dict[str, list[Path]] = {}
     for entry in sorted(root.iterdir()):
         if is_hidden(entry.name):
-            left_out["whose name begins with a dot"] += 1
+            left_out[HIDDEN] += 1
         elif entry.is_dir():
             files[display_name(entry.name)], reasons = walk_images(entry)
             left_out += reasons

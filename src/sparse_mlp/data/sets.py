@@ -41,6 +41,7 @@ class ImageData:
     """What was left out or is missing, a line each, for the caller to print."""
 
     names: Mapping[str, list[str]] = field(default_factory=dict)
+    """What `split` gives."""
 
     @property
     def classes(self) -> list[str]:
@@ -198,8 +199,6 @@ def _check_used(data: DataConfig) -> None:
     """ValueError for an option that the named set would ignore."""
     kind = data.name.lower().split("/")[0] + "/" if "/" in data.name else data.name
     timm_kinds = tuple(TIMM_PREFIXES)
-    if data.label_seed and data.label_share is None:
-        raise UserError(f"data.label_seed {data.label_seed} would be ignored: data.label_share is not set")
     users = {
         "root": (*(name for name in SETS if name != "digits"), *timm_kinds),
         "on_bad_image": ("folder", "torch/", "hfds/"),

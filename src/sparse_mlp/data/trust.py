@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,7 +18,8 @@ _OPENED_BY_ADDRESS = ("wds/", *_FETCHED)
 
 def is_remote(name: str) -> bool:
     """Whether a name is fetched or executed rather than looked up here: pipe:, https:, hf-hub:, local-dir:..."""
-    return name == "-" or len(urlparse(name).scheme) > 1  # the parser that webdataset uses; C: is a drive
+    # urlparse is what webdataset goes by; timm also takes hf_hub:, which is no scheme to it. C: is a drive.
+    return name == "-" or len(urlparse(name).scheme) > 1 or re.match(r"\w[\w+.-]+:", name) is not None
 
 
 def check_trusted(data: DataConfig) -> None:
@@ -41,6 +43,8 @@ def check_shards(root: str, reader: Any) -> None:
     The list of shards comes with the shards: it may not point elsewhere even where the folder itself is trusted.
     """
     for name in reader.split_info.filenames:
+        if not isinstance(name, str):
+            raise UserError(f"shard {name!r} of {display_name(root)} is not a name")
         joined = os.path.join(root, name)  # noqa: PTH118 - as webdataset's reader joins them
         if is_remote(name) or is_remote(joined) or Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"shard {display_name(name)!r} of {display_name(root)} is not a file inside that folder")

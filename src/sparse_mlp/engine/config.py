@@ -33,7 +33,7 @@ class OptimConfig:
     """Term in the denominator. Left out: the optimiser's own."""
 
     momentum: float | None = None
-    """Momentum of sgd and its kin. Left out: 0.9."""
+    """Momentum of sgd and similar optimisers. Left out: 0.9."""
 
     layer_decay: float | None = None
     """Factor on the learning rate per layer, from the head down to the stem, for fine-tuning; 0.65 to 0.9 are usual."""

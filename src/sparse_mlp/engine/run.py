@@ -129,9 +129,12 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The resolved configuration. UserError if the file is damaged."""
         try:
-            return json.loads(self.config_path.read_text())
+            config = json.loads(self.config_path.read_text())
         except json.JSONDecodeError as error:
             raise UserError(f"{self.config_path} is not valid JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{self.config_path} should hold a JSON object, not a {type(config).__name__}")
+        return config
 
     def weights(self, *, ema: bool | None = None) -> Path:
         """Weights file of the newest checkpoint; with `ema` None the averaged weights if the run kept them.

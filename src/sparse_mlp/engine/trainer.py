@@ -66,17 +66,18 @@ class Trainer:
         self.saved = 0  # step of the newest checkpoint
         self.seconds = 0.0  # training time after `step` updates, the same on all ranks
         self.meter, self.clock = Meter(), Clock(self.learner.device)
+        self.log: MetricsLog | None = None  # only on rank 0
 
     @property
     def steps(self) -> int | None:
-        """Updates of the whole run; None as long as a run by time is not over."""
+        """Updates of the whole run; None until a run by time is over."""
         return self.length.steps
 
     def fit(self, *, resume: bool = False, show: bool = True) -> Evaluation:
         """Train to the end; returns the last evaluation (of the averaged weights where they are kept).
 
-        `resume` continues from the newest checkpoint; without one the run starts again. A run that was finished goes on
-        if its length was made greater (see TrainConfig). Raises TrainingStopped on Ctrl-C and SIGTERM, NonFiniteError,
+        `resume` continues from the newest checkpoint; without one the run starts again. A finished run continues if its
+        length is greater than before (see TrainConfig). Raises TrainingStopped on Ctrl-C and SIGTERM, NonFiniteError,
         CheckpointError, and UserError if the run was started with other settings.
         """
         with contextlib.ExitStack() as stack:
@@ -87,10 +88,12 @@ class Trainer:
             items = self.learner.task.items
             bar = ProgressBar(steps_per_epoch=self.loaders.steps_per_epoch, items=items, show=show and is_main())
             self.bar = stack.enter_context(bar)
-            log = MetricsLog(self.run, self.step, self.bar.print) if is_main() else None
-            self.log = stack.enter_context(log) if log is not None else None
+            distributed.on_main(lambda: self._open_log(stack))
             self._announce(resume)
             return self._loop()
+
+    def _open_log(self, stack: contextlib.ExitStack) -> None:
+        self.log = stack.enter_context(MetricsLog(self.run, self.step, self.bar.print))
 
     def _announce(self, resume: bool) -> None:
         """Log how training starts, and print what differs from the request."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from sparse_mlp.data import (
     DataConfig,
     ImageData,
     InputSpec,
+    display_name,
     eval_loader,
     find_images,
     read_image,
@@ -30,7 +30,7 @@ from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, Sched
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.images import ImageJob, file_names, load_inputs, load_trained, open_images, samples
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
-from sparse_mlp.jobs.model import build_model, load_model
+from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.report import write_predictions_csv, write_report
 from sparse_mlp.report.cost import count_macs
@@ -129,26 +129,27 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
     def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
         """For each image its likeliest classes and their probabilities, `class_1`, `probability_1`, `class_2`, ..."""
         assert isinstance(options, ClassifyPredictOptions)
-        found, spec = find_images(files), load_inputs(run)
-        model = load_trained(run, options.checkpoint)
+        spec, model = load_inputs(run), load_trained(run, options.checkpoint)
         top = min(options.top, len(spec.classes))
-        rows: list[Row] = []
-        for file, probabilities in _classify(model, read_pictures(found, spec)):
-            row: Row = {"file": str(file)}
-            for rank, (share, index) in enumerate(zip(*probabilities.topk(top), strict=True), 1):
-                row |= {f"class_{rank}": spec.classes[index], f"probability_{rank}": round(float(share), 6)}
-            rows.append(row)
-        return rows
+
+        def classify(images: torch.Tensor) -> list[Row]:
+            best = model(images).float().softmax(1).topk(top)
+            return [_best(*row, spec.classes) for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+        return predict_pictures(files, spec, classify)
 
     @classmethod
-    def report(cls, run: RunFolder) -> Path:
-        """The page of a run; the routing is drawn where there are weights and the test set is no stream."""
+    def report(cls, run: RunFolder, context: Context | None = None) -> Path:
+        """The page of a run; its images and their routing are drawn where they can be opened and are no stream."""
         if not run.has_checkpoint():
             return write_report(run.path)
-        recipe = cls.stored(run)
-        data = open_images(recipe.data, AugmentConfig(), Context(run))
-        model = load_model(recipe.model, data.spec, run.path)
-        macs = count_macs(model, data.spec.channels, data.spec.image_size)[""]
+        spec, model = load_inputs(run), load_trained(run)
+        macs = count_macs(model, spec.channels, spec.image_size)[""]
+        try:
+            data = open_images(cls.stored(run).data, AugmentConfig(), context or Context(run), classes=spec.classes)
+        except (UserError, OSError) as error:
+            _log.warning("the report of %s shows no images: %s", run.path, error)
+            return write_report(run.path, macs=macs)
         return write_report(run.path, model, samples(run, data), macs=macs)
 
 
@@ -163,32 +164,45 @@ def evaluate_model(
 
 
 def with_file_names(predictions: dict[str, np.ndarray], data: ImageData) -> dict[str, np.ndarray]:
-    """Predictions with the array `file` where the test images are files."""
+    """Predictions with the array `files` where the test images are files."""
     names = file_names(data.test, predictions["index"].tolist()) if predictions else None
-    return {**predictions, "file": np.array(names)} if names else predictions
+    return {**predictions, "files": np.array(names)} if names else predictions
 
 
-def read_pictures(files: Sequence[Path], spec: InputSpec) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Images as the model takes them; a line for each that cannot be read, BadImageError if none can."""
-    readable = 0
-    for file in files:
-        try:
-            image = spec.transform(read_image(file, spec.channels))
-        except BadImageError as error:
-            _log.warning("skipped: %s", error)
-            continue
-        readable += 1
-        yield file, image
-    if not readable:
-        raise BadImageError(f"none of the {len(files)} images can be read")
+def _best(shares: Sequence[float], indices: Sequence[int], classes: Sequence[str]) -> Row:
+    row: Row = {}
+    for rank, (share, index) in enumerate(zip(shares, indices, strict=True), 1):
+        row |= {f"class_{rank}": classes[index], f"probability_{rank}": round(share, 6)}
+    return row
 
 
-@torch.no_grad()
-def _classify(model: nn.Module, pictures: Iterator[tuple[Path, torch.Tensor]]) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Files and their probabilities (classes,), a batch at a time through the model."""
-    while batch := list(itertools.islice(pictures, _BATCH)):
-        shares = model(torch.stack([image for _, image in batch])).float().softmax(1)
-        yield from zip((file for file, _ in batch), shares, strict=True)
+def predict_pictures(
+    files: Sequence[str], spec: InputSpec, predict: Callable[[torch.Tensor], Sequence[Row]]
+) -> list[Row]:
+    """A row for each image file: what `predict` gives for a batch (B, C, H, W), or the `error` why it cannot be read.
+
+    FileNotFoundError if there are no images, BadImageError if none can be read.
+    """
+    found = find_images(files)
+    rows: list[Row] = [{"file": display_name(file)} for file in found]
+    for start in range(0, len(found), _BATCH):
+        images = {}
+        for number, file in enumerate(found[start : start + _BATCH], start):
+            try:
+                images[number] = spec.transform(read_image(file, spec.channels))
+            except BadImageError as error:
+                rows[number]["error"] = str(error)
+        if images:
+            with torch.no_grad():
+                predicted = predict(torch.stack(list(images.values())))
+            for number, row in zip(images, predicted, strict=True):
+                rows[number] |= row
+    bad = [row["error"] for row in rows if "error" in row]
+    if len(bad) == len(rows):
+        raise BadImageError(bad[0] + (f"; nor can the {len(bad) - 1} others" if len(bad) > 1 else ""))
+    for reason in bad:
+        _log.error("%s", reason)
+    return rows
 
 
 def _no_training(**_: Any) -> Iterable[Any]:

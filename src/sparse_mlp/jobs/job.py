@@ -66,8 +66,8 @@ class Job(ABC, Generic[R]):
     """One run: a recipe, made into a task and its loaders.
 
     A subclass sets `recipe_type`, builds `task` and `loaders` in its constructor, and has `predict`; the rest has
-    defaults. The constructor raises UserError or OSError, one line, for whatever does not exist or fit: nothing has been written
-    by then. `sparse_mlp.jobs.register` makes the class known.
+    defaults. The constructor raises UserError or OSError, one line, for whatever does not exist or fit: nothing has
+    been written by then. `sparse_mlp.jobs.register` makes the class known.
     """
 
     recipe_type: ClassVar[type[Recipe]]
@@ -143,8 +143,8 @@ class Job(ABC, Generic[R]):
         """One row for each item in the files."""
 
     @classmethod
-    def report(cls, run: RunFolder) -> Path:
-        """Write the page of a run, finished or not."""
+    def report(cls, run: RunFolder, context: Context | None = None) -> Path:
+        """Write the page of a run, finished or not; `context` is the one it was trained in, where it just was."""
         return write_plain_report(run.path)
 
     @classmethod

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from sparse_mlp import distributed
-from sparse_mlp.data import AugmentConfig, DataConfig, eval_loader, find_images
+from sparse_mlp.data import AugmentConfig, DataConfig, eval_loader
 from sparse_mlp.engine import Batch, Evaluation, RunFolder
 from sparse_mlp.engine.logging import MetricsLog
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.classify import read_pictures, with_file_names
+from sparse_mlp.jobs.classify import predict_pictures, with_file_names
 from sparse_mlp.jobs.images import ImageJob, load_inputs, open_images
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row
 from sparse_mlp.jobs.model import build_model
@@ -117,17 +117,17 @@ class KnnJob(ImageJob[KnnRecipe]):
         """The class that the nearest training images vote for, and its share of the votes."""
         if options.checkpoint is not None:
             raise UserError(f"--checkpoint {options.checkpoint} would be ignored: the weights are the recipe's")
-        found = find_images(files)
         job = cls(cls.stored(run), Context(run))
-        backbone, spec, device = job.task.backbone(), load_inputs(run), torch.device("cpu")
-        features, labels, _ = extract_features(backbone, job.train_batches(), device)
-        rows: list[Row] = []
-        for file, image in read_pictures(found, spec):
-            with torch.no_grad():
-                query = pooled_features(backbone.eval(), image[None]).float()
-            config = job.recipe.task
-            votes = weighted_knn(features, labels, query, len(spec.classes), config.k, config.temperature)[0]
-            best = int(votes.argmax())
-            share = round(float(votes[best] / votes.sum()), 6)
-            rows.append({"file": str(file), "class_1": spec.classes[best], "probability_1": share})
-        return rows
+        backbone, spec, config = job.task.backbone(), load_inputs(run), job.recipe.task
+        features, labels, _ = extract_features(backbone, job.train_batches(), torch.device("cpu"))
+
+        def vote(images: torch.Tensor) -> list[Row]:
+            queries = pooled_features(backbone.eval(), images).float()
+            votes = weighted_knn(features, labels, queries, len(spec.classes), config.k, config.temperature)
+            share, best = (votes / votes.sum(1, keepdim=True)).max(1)
+            return [
+                {"class_1": spec.classes[index], "probability_1": round(value, 6)}
+                for value, index in zip(share.tolist(), best.tolist(), strict=True)
+            ]
+
+        return predict_pictures(files, spec, vote)

@@ -49,8 +49,10 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
             model = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
         _try_out(model, config.name, spec)
-    # What a model does with an argument that it cannot use is its own affair; ours says so in a ValueError.
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except UserError:
+        raise
+    # What a model raises for an argument that it cannot use is its own affair.
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"model {config.name}: {_explain(error, config.name)}") from error
     if not config.final_norm:
         skip_final_norm(model)

@@ -191,7 +191,7 @@ class NodesJob(Job[NodesRecipe]):
         return rows
 
     @classmethod
-    def report(cls, run: RunFolder) -> Path:
+    def report(cls, run: RunFolder, context: Context | None = None) -> Path:
         """The page of a run, finished or not; what needs weights is left out before the first checkpoint."""
         if not run.metrics_path.is_file():
             raise UserError(f"{run.path} has nothing to report yet: the training has not begun")

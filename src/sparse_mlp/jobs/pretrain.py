@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -21,17 +22,16 @@ from sparse_mlp.data import (
     InputSpec,
     ViewsConfig,
     eval_loader,
-    find_images,
     in_two_views,
     steps_per_epoch,
     view_loader,
 )
 from sparse_mlp.engine import Batch, Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.classify import read_pictures
+from sparse_mlp.jobs.classify import predict_pictures
 from sparse_mlp.jobs.images import ImageJob, load_inputs, load_trained, open_images
 from sparse_mlp.jobs.job import Context, PredictOptions, Row
-from sparse_mlp.jobs.model import build_model, load_weights
+from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.report.cost import count_macs
 from sparse_mlp.report.pretraining import Neighbourhood, write_pretraining_report
@@ -39,6 +39,8 @@ from sparse_mlp.report.samples import example_rows, picture
 from sparse_mlp.tasks.features import extract_features, pooled_features
 from sparse_mlp.tasks.knn import nearest
 from sparse_mlp.tasks.moco import Moco, MocoConfig
+
+_log = logging.getLogger(__name__)
 
 _MAP_IMAGES = 2000  # test images in the map of a report
 _NEIGHBOURS = 6  # shown of each example
@@ -95,29 +97,31 @@ class PretrainJob(ImageJob[PretrainRecipe]):
         return ", ".join([*parts, f"features vary in {metrics['feature_rank']:.0f} directions"])
 
     @classmethod
-    @torch.no_grad()
     def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
         """The pooled features of each image, `feature_0`, `feature_1`, ...: the run has learned no classes."""
-        found = find_images(files)
         backbone = load_trained(run, options.checkpoint)
-        rows: list[Row] = []
-        for file, image in read_pictures(found, load_inputs(run)):
-            features = pooled_features(backbone, image[None])[0].tolist()
-            rows.append({"file": str(file), **{f"feature_{i}": round(value, 6) for i, value in enumerate(features)}})
-        return rows
+
+        def features(images: torch.Tensor) -> list[Row]:
+            rows = pooled_features(backbone, images).tolist()
+            return [{f"feature_{i}": round(value, 6) for i, value in enumerate(row)} for row in rows]
+
+        return predict_pictures(files, load_inputs(run), features)
 
     @classmethod
-    def report(cls, run: RunFolder) -> Path:
-        """The page of a run, with the map and the neighbours where its images have numbers."""
+    def report(cls, run: RunFolder, context: Context | None = None) -> Path:
+        """The page of a run, with the map and the neighbours where its images can be opened and have numbers."""
         recipe = cls.stored(run)
-        job = cls(replace(recipe, model=replace(recipe.model, weights=None, pretrained=False)), Context(run))
-        backbone, spec = job.task.backbone(), job.data.spec
-        macs = count_macs(backbone, spec.channels, spec.image_size)[""]
         if not run.has_checkpoint():
+            return write_pretraining_report(run.path)
+        spec, backbone = load_inputs(run), load_trained(run)
+        macs = count_macs(backbone, spec.channels, spec.image_size)[""]
+        try:
+            data = open_images(recipe.data, AugmentConfig(), context or Context(run))
+        except (UserError, OSError) as error:
+            _log.warning("the report of %s shows no images: %s", run.path, error)
             return write_pretraining_report(run.path, macs=macs)
-        load_weights(backbone, run.path)
-        streamed = isinstance(job.data.test, IterableDataset)
-        shown = None if streamed or not recipe.task.knn_images else _neighbourhood(recipe, job.data, backbone)
+        streamed = isinstance(data.test, IterableDataset)
+        shown = None if streamed or not recipe.task.knn_images else _neighbourhood(recipe, data, backbone)
         return write_pretraining_report(run.path, shown, macs=macs)
 
 

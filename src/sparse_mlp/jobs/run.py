@@ -170,7 +170,7 @@ def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
     temporary.replace(run.path / "predictions.npz")
     job.finish(run, evaluation)
     write_json(run.results_path, {"metrics": evaluation.metrics})
-    page = type(job).report(run)
+    page = type(job).report(run, replace(job.context, run=run))
     _log.info(f"{job.summary(evaluation)}; report: {page}")
 
 

@@ -237,11 +237,14 @@ def create_pyramid(
         raise ValueError(f"{variant}: output_norms=True needs features_only=True")
     if pretrained and not names_weights(variant, kwargs):
         raise no_published_weights(variant)
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": "getter"}
+    if kwargs.get("feature_cls", "getter") != "getter":  # the others give the stages' own outputs
+        feature_cfg["output_fmt"] = "NHWC"
     return build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
         pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": "getter"},
+        feature_cfg=feature_cfg,
         **kwargs,
     )

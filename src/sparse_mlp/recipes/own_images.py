@@ -8,15 +8,19 @@ starting points that hold for some dozens to some tens of thousands of images, n
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlparse
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from sparse_mlp.data import AugmentConfig, DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
@@ -102,7 +106,7 @@ def _image_size(name: str, side: int, begun: bool) -> int:
     if begun or (published is not None and published.fixed_input_size and side >= own):
         return own
     most = own if torch.cuda.is_available() else min(own, _CPU_SIDE)
-    return max(32, min(most, side) // 32 * 32)
+    return max(32, round(min(most, side) / 32) * 32)
 
 
 def _can_fetch(name: str) -> bool:
@@ -111,6 +115,7 @@ def _can_fetch(name: str) -> bool:
     if published is None or not published.has_weights:
         return False
     try:
+        _reach(published)
         timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever the hub's client makes of a missing network
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -119,6 +124,19 @@ def _can_fetch(name: str) -> bool:
         )
         return False
     return True
+
+
+def _reach(published: PretrainedCfg) -> None:
+    """OSError at once if the weights are not cached and their host is out of reach: its client would try for a minute."""
+    if published.hf_hub_id:
+        cached = isinstance(try_to_load_from_cache(published.hf_hub_id, "model.safetensors"), str)
+        host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    else:
+        address = urlparse(published.url or "")
+        cached = (Path(torch.hub.get_dir()) / "checkpoints" / Path(address.path).name).is_file()
+        host = address.hostname
+    if not cached and host:
+        socket.create_connection((host, 443), timeout=5).close()
 
 
 def _describe(made: ClassifyRecipe, facts: Facts, where: str) -> None:

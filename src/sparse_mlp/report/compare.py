@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from sparse_mlp.errors import UserError
 from sparse_mlp.report.compare_curves import QUANTITIES, Group, Scale, overview_figure, panel_figure, scales
 from sparse_mlp.report.compare_table import group_runs, summary, table, write_csv
+from sparse_mlp.report.header import shared_facts
 from sparse_mlp.report.page import TITLES, Drawing, Figures, Head, Swatch, write_page
 from sparse_mlp.report.run import read_run
 from sparse_mlp.report.style import RUN_STYLES, css_colour, save_png, save_svg
@@ -68,9 +69,10 @@ def write_comparison(run_dirs: Sequence[Path | str], out: Path | str, macs: Sequ
     write_csv(groups, folder / "comparison.csv")
     text = json.dumps(summary(groups), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "comparison.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    models = dict.fromkeys(run.model_name for group in groups for run in group.runs)
+    runs = [run for group in groups for run in group.runs]
+    models = dict.fromkeys(run.model_name for run in runs)
     notes = [f"{group.run_name(run)}: {note}" for group in groups for run in group.runs for note in run.notes]
-    head = Head("Comparison", " and ".join(models), notes=[*_unequal_steps(groups), *notes])
+    head = Head("Comparison", " and ".join(models), notes=[*_unequal_steps(groups), *notes], facts=shared_facts(runs))
     columns, rows = table(groups)
     return write_page(
         folder / "comparison.html",

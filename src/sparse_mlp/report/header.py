@@ -86,6 +86,17 @@ def facts(run: Run) -> list[tuple[str, str, bool]]:
     return [entry for entry in entries if entry[1]]
 
 
+def shared_facts(runs: Sequence[Run]) -> list[tuple[str, str, bool]]:
+    """Return the facts of several runs; one in which they differ has all their values."""
+    found: dict[str, tuple[list[str], bool]] = {}
+    for run in runs:
+        for term, value, code in facts(run):
+            values = found.setdefault(term, ([], code))[0]
+            if value not in values:
+                values.append(value)
+    return [(term, "; ".join(values), code) for term, (values, code) in found.items()]
+
+
 def _command(words: Any) -> str:
     """Return the command line as one would type it."""
     if not isinstance(words, list) or not words:

@@ -27,6 +27,8 @@ from sparse_mlp.report.style import (
 from sparse_mlp.report.style import title as set_title
 
 MANY_EXPERTS = 16  # more are drawn as a heat map
+_WRITTEN = 10  # experts whose loads can be written into the map of all layers
+_WIDTH = 5.6  # inches of such a map
 
 
 @styled
@@ -105,9 +107,9 @@ def layers_figure(loads: Mapping[str, Floats]) -> Figure:
     table = np.full((len(loads), experts), np.nan)
     for row, load in enumerate(loads.values()):
         table[row, : len(load)] = load * len(load)
-    written = experts <= MANY_EXPERTS
-    left, width = _label_margin(loads), 7.6
-    figure, axes = panel(width, 0.95 + 0.24 * len(loads), left=left, right=0.95, bottom=0.45, top=0.4)
+    written = experts <= _WRITTEN
+    left = _label_margin(loads)
+    figure, axes = panel(_WIDTH, 0.95 + 0.24 * len(loads), left=left, right=0.75, bottom=0.45, top=0.4)
     _map(axes, table, (-0.5, experts - 0.5, len(loads) - 0.5, -0.5))
     for row, column in np.argwhere(np.isfinite(table)) if written else []:
         value = table[row, column]
@@ -132,7 +134,7 @@ def loads_over_time_figure(layers: Mapping[str, Routing]) -> Figure:
     borders = np.cumsum([0, *(len(part) for part in rows)])
     height = max(0.3 * len(layers), min(4.5, 0.06 * borders[-1]))
     left = _label_margin(layers)
-    figure, axes = panel(7.6, 0.85 + height, left=left, right=0.95, bottom=0.45, top=0.4)
+    figure, axes = panel(_WIDTH, 0.85 + height, left=left, right=0.75, bottom=0.45, top=0.4)
     _map(axes, np.concatenate(rows), (0, float(max(step[-1], 1)), borders[-1] - 0.5, -0.5))
     for border in borders[1:-1]:
         axes.axhline(border - 0.5, color=INK, linewidth=0.8)

@@ -20,7 +20,7 @@ MOST_POINTS = 2000  # t-SNE takes seconds for these
 def project(features: Floats) -> Floats:
     """Return the l2-normalised features (N, D) in the plane, (N, 2): by t-SNE; of few points, principal components."""
     points = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    if len(points) < 2:
+    if len(points) < 2 or np.ptp(points, axis=0).max() < 1e-9:  # all alike: a collapse
         return np.zeros((len(points), 2))
     if len(points) < FEW_POINTS:
         plane = PCA(min(2, points.shape[1])).fit_transform(points)

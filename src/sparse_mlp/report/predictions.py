@@ -60,12 +60,12 @@ class Predictions:
 
 
 def reduce_predictions(arrays: Mapping[str, NDArray[Any]], source: str = "predictions") -> Predictions:
-    """Reduce `index` (N,), `target` (N,), `logits` (N, C) and, where it is there, `file` (N,).
+    """Reduce `index` (N,), `target` (N,), `logits` (N, C) and, where it is there, `files` (N,).
 
     UserError, which names `source`, for shapes that do not fit each other or targets that are no classes.
     """
     index, target, logits = (arrays[name] for name in ("index", "target", "logits"))
-    file = [str(name) for name in arrays["file"]] if "file" in arrays else None
+    file = [str(name) for name in arrays["files"]] if "files" in arrays else None
     sizes = {len(index), len(target), len(logits), len(target if file is None else file)}
     if logits.ndim != 2 or len(sizes) != 1:
         raise UserError(f"{source}: index {index.shape}, target {target.shape} and logits {logits.shape} do not fit")
@@ -87,11 +87,10 @@ def reduce_predictions(arrays: Mapping[str, NDArray[Any]], source: str = "predic
 def _top5(target: NDArray[Any], logits: NDArray[Any]) -> float | None:
     if not (target >= 0).any():
         return None
-    classes = logits.shape[1]
-    if classes <= 5:
+    if logits.shape[1] <= 5:
         return 1.0
     scores, labels = torch.from_numpy(logits).float(), torch.from_numpy(np.maximum(target, -1)).long()
-    return float(multiclass_accuracy(scores, labels, classes, average="micro", top_k=5, ignore_index=-1))
+    return float(multiclass_accuracy(scores, labels, logits.shape[1], average="micro", top_k=5, ignore_index=-1))
 
 
 def read_predictions(path: Path, *, classes: bool = True) -> Predictions | None:
@@ -100,7 +99,7 @@ def read_predictions(path: Path, *, classes: bool = True) -> Predictions | None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not classes and "logits" not in archive:
                 return None
-            names = ["index", "target", "logits", *(["file"] if "file" in archive else [])]
+            names = ["index", "target", "logits", *(["files"] if "files" in archive else [])]
             arrays = {name: archive[name] for name in names}
     except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a predictions file: {' '.join(str(error).split())}") from error

@@ -50,7 +50,8 @@ def read_file(path: Path) -> Mapping[str, Any]:
 def names_and_tensors(model: nn.Module, path: Path) -> dict[str, Tensor]:
     """Return what a file of weights holds, as `model` names it; nothing is checked against the model yet."""
     contents = read_file(path)
-    if path.suffix == ".npz" and not _is_google_mixer(contents):
+    of_timm = not _module(model).startswith("sparse_mlp.")
+    if path.suffix == ".npz" and of_timm and hasattr(model, "load_pretrained"):
         return _by_own_loader(model, path, contents)
     try:
         return adapt(contents, model)
@@ -62,9 +63,9 @@ def names_and_tensors(model: nn.Module, path: Path) -> dict[str, Tensor]:
 def adapt(contents: Mapping[str, Any], model: nn.Module, use_ema: bool = True) -> dict[str, Tensor]:
     """Take wrappers, prefixes and MoCo v3's other parts off and rename to `model`'s names, by its checkpoint filter."""
     found = unwrap_checkpoint(contents, use_ema, own=model.state_dict())
-    if _is_google_mixer(found):
+    if any(name.startswith("MixerBlock_") for name in found):
         found = from_google(found)
-    found = from_moco(found)
+    found = {name: torch.as_tensor(value) for name, value in from_moco(found).items()}  # an .npz holds arrays
     filter_fn = getattr(sys.modules[_module(model)], "checkpoint_filter_fn", None)
     return dict(filter_fn(found, model)) if filter_fn else found
 
@@ -75,20 +76,12 @@ def _module(model: nn.Module) -> str:
     return model_entrypoint(name).__module__ if name and is_model(name) else type(model).__module__
 
 
-def _is_google_mixer(names: Mapping[str, Any]) -> bool:
-    return any(name.startswith("MixerBlock_") for name in names)
-
-
 def _by_own_loader(model: nn.Module, path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """Names and tensors of a JAX file that only a method of timm's model can read.
 
     Such a method passes over what does not fit. It fills a copy of the model here, with a classifier of the file's
     size and NaN everywhere, so that what it passed over is known to be missing.
     """
-    if not hasattr(model, "load_pretrained"):
-        raise UserError(
-            f"{path} holds no weights that can be read: {type(model).__name__} takes no .npz of this layout"
-        )
     twin = copy.deepcopy(model)
     bias = next((arrays[name] for name in arrays if re.search(r"(^|/)head/(conv2d/)?bias$", name)), None)
     if bias is not None and getattr(model, "num_classes", 0) not in (0, bias.size):
@@ -108,9 +101,9 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, pickle.UnpicklingError):
         code = re.search(r"GLOBAL (\S+)", reason)
         reason = f"it cannot be read without running code in it ({code[1]})" if code else "it is no file of torch's"
-    elif isinstance(error, KeyError):
-        reason = f"it has no {error}"
-    elif isinstance(error, IndexError | EOFError | AttributeError | TypeError):
+    elif isinstance(error, KeyError) and isinstance(error.args[0], str):
+        reason = f"it has no {error.args[0]!r}"
+    elif isinstance(error, LookupError | EOFError | AttributeError | TypeError):
         reason = "it is damaged, or of another layout"
-    first_sentence = re.split(r"[.] |\n", reason)[0]
-    return UserError(f"{path} holds no weights that can be read: {first_sentence}")
+    first = re.split(r"\. |\n", reason)[0]
+    return UserError(f"{path} holds no weights that can be read: {first}")

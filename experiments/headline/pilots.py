@@ -1,6 +1,6 @@
-"""The pilots behind the headline experiment's settings (docs/headline.md): short trainings on CIFAR-10, one thread.
+"""The pilots behind the headline experiment's settings (README.md): short trainings on CIFAR-10, one thread.
 
-    SPARSE_MLP_DATA=... python benchmarks/headline_pilots.py [NAME ...]
+    SPARSE_MLP_DATA=... python -m experiments.headline.pilots [NAME ...]
 
 Without names it lists them. A pilot is about an epoch long, so that the training loss is that of new images; it prints
 the mean loss of each 100 steps, and the test accuracy at the end. One to three minutes each on one core.
