@@ -204,7 +204,7 @@ def test_postscript_is_not_handed_to_another_program(tmp_path: Path):
     with pytest.raises(BadImageError, match=r"images ending in \.eps are not read$"):
         read_image(tmp_path / "a.eps", 3)
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
-    with pytest.raises(BadImageError, match="not an image$"):
+    with pytest.raises(BadImageError, match=r"not an image$"):
         read_image(tmp_path / "a.jpg", 3)
     assert "EPS" not in image_formats() and ".eps" not in image_endings()
 

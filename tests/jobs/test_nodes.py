@@ -29,12 +29,12 @@ SHORT = TrainConfig(steps=12, log_every=10, eval_every=6, save_every=100, thread
 TEACHER = TeacherConfig(hops=2, epochs=8, starts=2, samples=2)
 
 
-def save_graph(path: Path, left_out: tuple[str, ...] = ()) -> Path:
+def save_graph(path: Path, left_out: tuple[str, ...] = (), nodes: int = 400) -> Path:
     """A graph as a saved `Data`, some of its masks empty."""
     data = pytest.importorskip("torch_geometric.data")
-    graph = planted_graph(400, 2000, classes=3, features=8)
+    graph = planted_graph(nodes, 2000, classes=3, features=8)
     coo = graph.adjacency.tocoo()
-    masks = {f"{name}_mask": torch.zeros(400, dtype=torch.bool) for name in graph.splits}
+    masks = {f"{name}_mask": torch.zeros(nodes, dtype=torch.bool) for name in graph.splits}
     for name, ids in graph.splits.items():
         masks[f"{name}_mask"][ids] = name not in left_out
     edges = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
@@ -210,6 +210,23 @@ def test_a_damaged_teacher_is_one_line(distilled, tmp_path, monkeypatch, content
     with pytest.raises(ValueError, match=r"teacher\.npz: .*probabilities") as error:
         resume(tmp_path / "run", show=False)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow  # three processes that start
+def test_two_ranks_have_the_teacher_of_one_and_learn_what_one_learns(launch, distilled, tmp_path):
+    """Of an odd number of nodes, all of which every rank's teacher sees; the student's batches are divided."""
+    data = replace(distilled.data, source=str(save_graph(tmp_path, nodes=401)))
+    recipe = to_json(replace(distilled, data=data, model=NetworkConfig(drop_rate=0.0)))
+    for ranks in (1, 2):
+        errors: list[str] = []
+        spec = {"out": str(tmp_path / f"{ranks}"), "recipe": recipe}
+        program = Path(__file__).with_name("nodes_on_ranks.py")
+        assert launch(program, spec, ranks=ranks, errors=errors) == [0] * ranks, errors
+    one, two = (Run(tmp_path / f"{ranks}") for ranks in (1, 2))
+    files = [np.load(run.path / "teacher.npz")["probabilities"] for run in (one, two)]
+    np.testing.assert_array_equal(*files)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], value, atol=1e-4, rtol=1e-3)
 
 
 def test_ctrl_c_during_the_teacher_names_the_run(distilled, tmp_path, monkeypatch):

@@ -160,7 +160,10 @@ def _read_saved(path: Path, split: Split, row_normalize: bool) -> Graph:
     plain: list[Any] = [data.Data, data.DataEdgeAttr, data.DataTensorAttr, hetero_data.HeteroData, torch.nn.Parameter]
     plain += [storage.GlobalStorage, storage.NodeStorage, storage.EdgeStorage, storage.BaseStorage]
     try:
-        with torch.serialization.safe_globals(plain):  # classes that hold tensors; any other is refused
+        # Only these classes, which hold tensors, are loaded.
+        with torch.serialization.safe_globals(plain), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             saved = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # pickle and torch raise several kinds
         named = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))  # torch's own advice: trust it
