@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
@@ -166,7 +167,10 @@ def export_backbone(config: ModelConfig, spec: InputSpec, run: RunFolder, target
     load_weights(model, run.path, new_head=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, target, {"format": "pt", "model": config.name, "args": json.dumps(arguments)})
+    try:
+        save_file(weights, target, {"format": "pt", "model": config.name, "args": json.dumps(arguments)})
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {target}: {error}") from error
     # The call that is returned has been made once.
     timm.create_model(config.name, checkpoint_path=str(target), **arguments)
     call = ", ".join([repr(config.name), *(f"{name}={value!r}" for name, value in arguments.items())])

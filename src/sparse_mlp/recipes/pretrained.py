@@ -19,6 +19,7 @@ from sparse_mlp.jobs import ModelConfig, settle
 from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.jobs.images import load_data_config, load_model_config
 from sparse_mlp.jobs.knn import KnnRecipe
+from sparse_mlp.recipes.augmentation import CROP_AND_FLIP, DEIT
 from sparse_mlp.recipes.facts import look_at
 from sparse_mlp.tasks.classify import ClassifyConfig
 
@@ -28,7 +29,6 @@ NOT_GIVEN = ""
 """As a model's or a data set's name: those of the run that the weights come from."""
 
 _REGULAR = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # arguments that no weight depends on
-_CROP: dict[str, Any] = {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
 
 
 def linear_probe(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
@@ -40,7 +40,7 @@ def linear_probe(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
         name="linear_probe",
         model=ModelConfig(NOT_GIVEN),
         data=DataConfig(NOT_GIVEN, batch_size=1024),
-        augment=AugmentConfig(**_CROP, flip=0.5),
+        augment=CROP_AND_FLIP,
         task=ClassifyConfig(frozen=True),
         optim=OptimConfig(opt="sgd", momentum=0.9, lr=3.0 * 1024 / 256, weight_decay=0.0),
         train=TrainConfig(epochs=90, log_every=50),
@@ -67,9 +67,7 @@ def finetune(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
         name="finetune",
         model=ModelConfig(NOT_GIVEN, {"drop_path_rate": 0.1}),
         data=DataConfig(NOT_GIVEN, batch_size=1024),
-        augment=AugmentConfig(
-            **_CROP, flip=0.5, auto_augment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0
-        ),
+        augment=DEIT,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(opt="adamw", lr=5e-4 * 1024 / 512, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5),
