@@ -47,12 +47,14 @@ def test_training_leaves_metrics_weights_and_a_report(run):
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [6, 12]
     assert {"top1", "val_top1", "loss"} <= next(line for line in lines if line["kind"] == "eval").keys()
     page = (run / "report.html").read_text()
-    assert "Test accuracy" in page and page.count("<svg") == 3
-    assert sorted(path.name for path in (run / "figures").iterdir()) == [
-        "accuracy.png",
-        "confusion.png",
-        "embedding.png",
-    ]
+    assert "Test accuracy" in page and page.count("<svg") == 5
+    assert {path.stem for path in (run / "figures").iterdir()} == {
+        "accuracy",
+        "calibration",
+        "class_accuracy",
+        "confusion_matrix",
+        "embedding",
+    }
 
 
 def test_nodes_are_not_called_images(folder, tmp_path, capsys):
