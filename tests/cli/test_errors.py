@@ -77,10 +77,6 @@ def fails(run: Run) -> Callable[..., str]:
         ("train digits_sparse --train.epochs -1", "train.epochs -1.0 is not positive"),
         ("train digits_sparse --optim.weight-decay nan", "optim.weight_decay nan is not a finite number"),
         ("train digits_sparse --train.seed 9223372036854775808", "is not below 2^63"),
-        (
-            "train digits_sparse --schedule.warmup-epochs 100",
-            "a warm-up of 900 updates leaves nothing",
-        ),
         ("train digits_sparse --model.args drop_path_rate=2", "drop_path_rate=2 is not a share in [0, 1)"),
         ("train digits_sparse --model.args embed_dim=0", "embed_dim must be a whole number of at least 1; got 0"),
         ("train digits_sparse --model.args num_experts=(2,2) top_k=(3,1)", "top_k must be at most num_experts (2)"),
