@@ -26,7 +26,7 @@ import interleaved
 import published
 import sparse_mlp  # noqa: F401
 from interleaved import Row, compare, interleave, peak_gflops, print_table, ratio, settle_allocator, write_json
-from sparse_mlp import recipes
+from sparse_mlp import recipes, weights
 
 WANTED = {"cycle_mlp_b1": 1.8, "cycle_mlp_b2": 1.8, "as_mlp_tiny": 1.15, "hire_mlp_tiny": 1.1, "hire_mlp_small": 1.1}
 
@@ -34,7 +34,7 @@ WANTED = {"cycle_mlp_b1": 1.8, "cycle_mlp_b2": 1.8, "as_mlp_tiny": 1.15, "hire_m
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
     theirs = published.build(name)
     ours = timm.create_model(name)
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(weights.convert(theirs.state_dict(), name))
     return ours, theirs
 
 

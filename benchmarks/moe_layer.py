@@ -7,9 +7,9 @@ The tables are made in several fresh processes, whose medians they give, and our
 happens to end decides which alternative takes new pages from the system at every step, for the whole life of the
 process, and that is worth a tenth and more. Beside them two bounds, K times the dense layer's matrix products alone and
 the products of the experts alone, which have fewer rows each and eight times the weights; and with --peers the layers
-that pip installs here (`pip install -e '.[bench]'`), set to drop nothing. Then the layer on other libraries and without
-its C kernels, more experts at equal multiply-adds and one single image, both with the bound that memory sets, narrow
-layers, and peak memory.
+that pip installs here (`pip install -e '.[bench]'`), set to drop nothing. Then the layer on other
+backends, more experts at equal multiply-adds and one single image, both with the bound that memory sets, narrow layers,
+and peak memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import copy
 import ctypes
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,8 @@ from torch import Tensor, nn
 
 from interleaved import interleave, print_table, ratio, settle_allocator, write_json
 from peers import PEERS
-from sparse_mlp.moe import MoeMlp, compiled, experts
-from sparse_mlp.moe import memory as memory_of_gradients
+from sparse_mlp.moe import MoeMlp, kernels
+from sparse_mlp.moe.kernels import library
 
 SHAPES = {
     "3,136 x 512 -> 2,048": (3136, 512, 2048),
@@ -116,35 +117,27 @@ def _new_process(threads: int) -> None:
     settle_allocator()
 
 
-def parts(threads: int, rounds: int) -> list[Row]:
-    """The layer on MKL's products and on oneDNN's, of which it takes the one its processor's maker suggests, and
-    without its C kernels; first and last shape."""
+def backends(threads: int, rounds: int) -> list[Row]:
+    """The layer with its C kernels, on torch's grouped products, which take their place elsewhere, and in its plain
+    form; first and last shape."""
     rows = []
     for shape in (FIRST, LAST):
         items, dim, hidden = SHAPES[shape]
         x = torch.randn(items, dim, requires_grad=True)
         step = train_step(MoeMlp(dim, hidden, 8, 1), x)
 
-        def on(onednn: bool, kernels: bool = True, step: Callable[[], None] = step) -> None:
-            served = compiled.serves if kernels else lambda *tensors: False
-            with (
-                mock.patch.object(experts, "onednn_is_faster", lambda: onednn),
-                mock.patch.object(compiled, "serves", served),
-            ):
+        def grouped(step: Callable[[], None] = step) -> None:
+            with mock.patch.object(library, "load", lambda: "none, for a comparison"):
                 step()
 
-        taken = experts.onednn_is_faster()
-        runs = {
-            "dense": train_step(dense_mlp(dim, hidden), x),
-            "MKL": lambda on=on: on(False),
-            "oneDNN": lambda on=on: on(True),
-            "without kernels": lambda on=on, taken=taken: on(taken, kernels=False),
-        }
+        def plain(step: Callable[[], None] = step) -> None:
+            with mock.patch.dict(os.environ, {kernels.VARIABLE: "plain"}):
+                step()
+
+        runs = {"dense": train_step(dense_mlp(dim, hidden), x), "C": step, "grouped": grouped, "plain": plain}
         seconds = interleave(runs, rounds)
-        row: Row = {"shape": shape, "threads": threads} | {
-            name: ratio(seconds, name, "dense") for name in list(runs)[1:]
-        }
-        rows.append(row | {"taken": "oneDNN" if taken else "MKL", "kernels": compiled.state()})
+        row: Row = {"shape": shape, "threads": threads, "kernels": kernels.state()}
+        rows.append(row | {name: ratio(seconds, name, "dense") for name in list(runs)[1:]})
     return rows
 
 
@@ -245,11 +238,9 @@ def _peak_megabytes(name: str, items: int, dim: int, hidden: int, steps_before: 
         run()
     x.grad = None
     layer.zero_grad(set_to_none=True)
-    if not steps_before:
-        memory_of_gradients.give_back()  # a first step finds nothing
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-    before = _status("VmRSS") - memory_of_gradients.kept() / 1024  # what is kept for the step is a part of its peak
+    before = _status("VmRSS")
     run()
     return (_status("VmHWM") - before) / 1024
 
@@ -277,7 +268,7 @@ def main() -> None:
         title = "Forward + backward, ratio to the dense layer (E=8, no drops; bound: K dense products alone)"
         times = args.processes, threads, args.rounds
         show(title, over_processes(against_dense, *times, args.peers))
-        show("By library and kernels, ratio to the dense layer (E=8, K=1)", over_processes(parts, *times))
+        show("By backend, ratio to the dense layer (E=8, K=1)", over_processes(backends, *times))
         show("More experts at equal multiply-adds (first shape, K=1)", over_processes(more_experts, *times))
         show("Narrow layers, forward + backward, ratio to the dense layer (E=8, K=1)", over_processes(narrow, *times))
         show("One image, forward, ratio to the dense layer (E=8, K=1)", over_processes(one_image, *times))

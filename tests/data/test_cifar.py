@@ -89,7 +89,7 @@ def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("download", [False, True])
 def test_the_official_layout_of_cifar100(cifar100: Path, download: bool):
     config = DataConfig(name="cifar100", root=str(cifar100), download=download)  # nothing to fetch: all is there
-    data = build_datasets(config, AugmentConfig())
+    data = build_datasets(config, AugmentConfig(), trusted=True)
     pixels = np.random.default_rng(20).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
     assert np.array_equal(data.train.images.numpy(), pixels)
     assert data.train.labels.tolist() == [5 * i for i in range(20)], "the fine ones"
@@ -99,8 +99,36 @@ def test_the_official_layout_of_cifar100(cifar100: Path, download: bool):
 def test_a_download_that_fails_is_one_line(cifar100: Path, capfd: pytest.CaptureFixture[str]):
     (cifar100 / CIFAR100.base_folder / "train").unlink()
     with pytest.raises(FileNotFoundError, match=r"CIFAR100 is not in \S+: expected .*; the download failed") as error:
-        build_datasets(DataConfig(name="cifar100", root=str(cifar100), download=True), AugmentConfig())
+        build_datasets(DataConfig(name="cifar100", root=str(cifar100), download=True), AugmentConfig(), trusted=True)
     assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+
+
+def test_labels_out_of_range_are_one_line(cifar100: Path, monkeypatch: pytest.MonkeyPatch):
+    path = cifar100 / CIFAR100.base_folder / "train"
+    content = pickle.loads(path.read_bytes())
+    content["fine_labels"][3] = 100
+    path.write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", hashlib.md5(path.read_bytes()).hexdigest()]])
+    with pytest.raises(OSError, match=r"has training labels of cifar100 that are not integers in 0\.\.99$"):
+        build_datasets(DataConfig(name="cifar100", root=str(cifar100)), AugmentConfig())
+
+
+def test_as_many_labels_as_images(cifar100: Path, monkeypatch: pytest.MonkeyPatch):
+    path = cifar100 / CIFAR100.base_folder / "train"
+    content = pickle.loads(path.read_bytes())
+    content["fine_labels"] = content["fine_labels"][1:]
+    path.write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", hashlib.md5(path.read_bytes()).hexdigest()]])
+    with pytest.raises(OSError, match=r"has 20 training images of cifar100 and 19 labels$"):
+        build_datasets(DataConfig(name="cifar100", root=str(cifar100)), AugmentConfig())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no zip"])
+def test_a_damaged_archive_is_one_line(strips: Path, content: bytes):
+    (strips / "data_batch_1.zip").write_bytes(content)
+    with pytest.raises(OSError, match=f"the files of cifar10 in {strips} are damaged: ") as error:
+        build_datasets(DataConfig(name="cifar10", root=str(strips)), AugmentConfig())
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow  # decodes all 60,000 images twice: about 8 s

@@ -35,7 +35,11 @@ def read_official(dataset: type[CIFAR10], root: Path, download: bool) -> tuple[S
         train, test = (dataset(str(root), train=train, download=download) for train in (True, False))
     except (RuntimeError, OSError) as error:
         wanted = f"{root / dataset.base_folder}/ with {dataset.train_list[0][0]} ... {dataset.test_list[0][0]}"
-        advice = f"the download failed ({_first_line(error)})" if download else "or --data.download to fetch it"
+        advice = (
+            f"the download failed ({_first_line(error)})"
+            if download
+            else "--data.download on the command line fetches it"
+        )
         raise FileNotFoundError(
             f"{dataset.__name__} is not in {root}: expected {wanted} (official md5); {advice}"
         ) from error

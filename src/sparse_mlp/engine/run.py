@@ -20,7 +20,7 @@ import torch
 
 from sparse_mlp.engine.checkpoint import clean, last_checkpoint
 from sparse_mlp.errors import UserError
-from sparse_mlp.moe import compiled
+from sparse_mlp.moe import kernels
 
 try:
     import fcntl
@@ -44,7 +44,7 @@ class RunFolder:
         """
         run = cls(Path(path))
         if run.config_path.exists():
-            if run.has_steps():
+            if run.is_begun():
                 raise FileExistsError(
                     f"{run.path} holds a run already; go on with --resume {run.path} or name another folder"
                 )
@@ -92,6 +92,21 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def results_path(self) -> Path:
+        return self.path / "results.json"
+
+    def results(self) -> dict[str, Any] | None:
+        """`metrics` of the last evaluation of a run that was trained to its end; None while it was not."""
+        return json.loads(self.results_path.read_text()) if self.results_path.is_file() else None
+
+    def has_checkpoint(self) -> bool:
+        return last_checkpoint(self.checkpoints) is not None
+
+    def is_begun(self) -> bool:
+        """Whether something would be lost if a new run began in the folder: it has taken a step, or has results."""
+        return self.has_steps() or self.results_path.exists()
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder. UserError if one does.
@@ -114,9 +129,12 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The resolved configuration. UserError if the file is damaged."""
         try:
-            return json.loads(self.config_path.read_text())
+            config = json.loads(self.config_path.read_text())
         except json.JSONDecodeError as error:
             raise UserError(f"{self.config_path} is not valid JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{self.config_path} should hold a JSON object, not a {type(config).__name__}")
+        return config
 
     def weights(self, *, ema: bool | None = None) -> Path:
         """Weights file of the newest checkpoint; with `ema` None the averaged weights if the run kept them.
@@ -162,7 +180,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "moe_kernels": compiled.state(),
+        "moe_kernels": kernels.state(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

@@ -31,6 +31,9 @@ class Loaders:
 
     steps_per_epoch: int
 
+    replicated: bool = False
+    """Every rank is given the whole batch, and a batch of any size is allowed."""
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -56,7 +56,8 @@ class Trainer:
     ) -> None:
         """UserError for configurations that are not allowed, or whose options would be ignored."""
         check_configs(optim, schedule, train)
-        check_batch_size(loaders.batch_size, train.grad_accum)
+        if not loaders.replicated:
+            check_batch_size(loaders.batch_size, train.grad_accum)
         self.loaders, self.run = loaders, run
         self.optim, self.schedule, self.train = optim, schedule, train
         self.learner = Learner(task, optim, train, device or distributed.resolve_device(train.device))

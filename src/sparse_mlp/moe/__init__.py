@@ -4,8 +4,8 @@
 """
 
 from sparse_mlp.moe import telemetry
-from sparse_mlp.moe.balance import set_balance_scale
+from sparse_mlp.moe.balance import collect_balance_loss, set_balance_scale
 from sparse_mlp.moe.layer import MoeMlp
 from sparse_mlp.moe.router import NoisyTopKRouter, Routing
 
-__all__ = ["MoeMlp", "NoisyTopKRouter", "Routing", "set_balance_scale", "telemetry"]
+__all__ = ["MoeMlp", "NoisyTopKRouter", "Routing", "collect_balance_loss", "set_balance_scale", "telemetry"]

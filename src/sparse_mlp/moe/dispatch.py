@@ -1,119 +1,113 @@
-"""From items to the order in which experts take them, and back.
+"""From items to the rows that experts take, and back.
 
-Legend, here and in all of `moe/`: N items, E experts, K choices per item, D width, H hidden, C capacity, G groups,
-M = N K assignments, B blocks of S slots.
+Legend, here and in all of `moe/`: N items, E experts, K choices per item, M = N K rows, D width, H hidden, C capacity,
+G groups.
 
-A *slot* is a row of the buffer that the experts work on. Everything here has static shapes and never waits for the
-device, except `sort_by_expert`, whose counts the caller reads.
+A *plan* says which item each row holds and in which row each choice of an item lies; rows are in the order of experts.
+A *dispatcher* brings items to experts by a plan and their results back; `local` does so within a process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-BLOCKS_PER_EXPERT = 4
+from sparse_mlp.moe.kernels import accelerated
+
+Experts = Callable[[Tensor, Tensor | None], Tensor]
 
 
-class Slots(NamedTuple):
-    """Where each assignment goes, in `blocks` blocks of `size` slots; a block is worked on by one expert.
+class Plan(NamedTuple):
+    """Where items go.
 
-    `slots_NK` are in [0, blocks * size), or blocks * size for a dropped assignment; `kept_NK` says which are kept.
+    item_M: the item of each row, N for an empty row. row_NK: the row of each choice, M for one that was dropped.
+    chosen_E: choices of each expert, before drops. kept_NK: which are not dropped, or None where none can be.
     """
 
-    slots_NK: Tensor
-    kept_NK: Tensor
-    blocks: int
-    size: int
+    item_M: Tensor
+    row_NK: Tensor
+    chosen_E: Tensor
+    kept_NK: Tensor | None = None
+
+    @property
+    def counts_E(self) -> Tensor | None:
+        """Rows of each expert; None if all have as many, as with a capacity."""
+        return self.chosen_E if self.kept_NK is None else None
 
 
-def sort_by_expert(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Assignments ordered by expert, items in their own order within one: (order_M into the flat (N, K), counts_E)."""
-    flat_M = experts_NK.reshape(-1)
-    order_M = flat_M.argsort(stable=True)
-    return order_M, torch.bincount(flat_M, minlength=num_experts)
+Dispatcher = Callable[[Tensor, Tensor, Plan, Experts], Tensor]
 
 
-def capacity(items: int, num_experts: int, top_k: int, ratio: float) -> int:
-    """Slots of one expert: ceil(items K ratio / E) (V-MoE). Integers only, so that it also holds for symbolic sizes."""
-    exact = Fraction(ratio).limit_denominator(10_000)
-    return -(-items * top_k * exact.numerator // (exact.denominator * num_experts))
+def local(items_ND: Tensor, gates_NK: Tensor, plan: Plan, experts: Experts) -> Tensor:
+    """The gate-weighted sum of each item's results, all experts being here: (N, D) -> (N, D)."""
+    rows_MD = gather(items_ND, plan.item_M, plan.row_NK)
+    rows_MD = experts(rows_MD, plan.counts_E)
+    return combine(rows_MD, plan.row_NK, gates_NK.to(rows_MD.dtype))
 
 
-def positions(experts_GM: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """How many assignments before each one, in its group, chose the same expert: (positions_GM, counts_GE)."""
-    hot_GME = (experts_GM.unsqueeze(-1) == torch.arange(num_experts, device=experts_GM.device)).to(torch.int32)
-    rank_GME = hot_GME.cumsum(1, dtype=torch.int32)
-    return rank_GME.gather(2, experts_GM.unsqueeze(-1)).squeeze(-1).long() - 1, hot_GME.sum(1)
+def dropless(experts_NK: Tensor, num_experts: int) -> Plan:
+    """Every choice has a row; those of an expert are in the order of the items."""
+    return Plan(*sort_by_expert(experts_NK, num_experts))
 
 
-def capacity_slots(
-    experts_GNK: Tensor, gates_GNK: Tensor, num_experts: int, capacity: int, prioritized: bool = False
-) -> Slots:
-    """Each expert's `capacity` slots in each of G groups of N items; slot order is expert, group, place.
+def limited(experts_GNK: Tensor, gates_GNK: Tensor, num_experts: int, capacity: int, prioritized: bool = False) -> Plan:
+    """Each expert has `capacity` rows in each of G groups of N items: rows in the order expert, group, place.
 
     All first choices are placed before any second one, and items in their order or, `prioritized`, by falling first
-    gate (Batch Prioritized Routing, V-MoE section 3.3). What finds no place is dropped. Returns slots of the
-    (G N, K) assignments.
+    gate (Batch Prioritized Routing, V-MoE section 3.3). What finds no place is dropped.
     """
     groups, items, top_k = experts_GNK.shape
     queue_GNK = experts_GNK
     if prioritized:
         rank_GN1 = gates_GNK[..., 0].argsort(dim=1, descending=True, stable=True).unsqueeze(-1)
         queue_GNK = experts_GNK.gather(1, rank_GN1.expand(-1, -1, top_k))
-    place_GM, _ = positions(queue_GNK.transpose(1, 2).flatten(1), num_experts)
+    place_GM, chosen_E = positions(queue_GNK.transpose(1, 2).flatten(1), num_experts)
     place_GNK = place_GM.unflatten(1, (top_k, items)).transpose(1, 2)
     if prioritized:
         place_GNK = place_GNK.gather(1, rank_GN1.argsort(dim=1).expand(-1, -1, top_k))
     group_G11 = torch.arange(groups, device=experts_GNK.device)[:, None, None]
-    slots_GNK = (experts_GNK * groups + group_G11) * capacity + place_GNK
     kept_GNK = place_GNK < capacity
-    slots_NK = slots_GNK.where(kept_GNK, num_experts * groups * capacity).flatten(0, 1)
-    return Slots(slots_NK, kept_GNK.flatten(0, 1), num_experts, groups * capacity)
+    rows = num_experts * groups * capacity
+    row_GNK = ((experts_GNK * groups + group_G11) * capacity + place_GNK).where(kept_GNK, rows)
+    row_NK = row_GNK.flatten(0, 1)
+    item_NK = torch.arange(groups * items, device=row_NK.device).unsqueeze(1).expand_as(row_NK)
+    item_M = row_NK.new_full((rows + 1,), groups * items).scatter(0, row_NK.flatten(), item_NK.flatten())[:rows]
+    return Plan(item_M, row_NK, chosen_E, kept_GNK.flatten(0, 1))
 
 
-def block_slots(experts_NK: Tensor, num_experts: int) -> tuple[Slots, Tensor]:
-    """Dropless with static shapes: R E + E blocks of S = ceil(N K / (R E)) + 1 slots, R = 4; each block has one expert.
-
-    Every expert's items fill whole blocks, the last one in part: sum_e ceil(n_e / S) <= N K / S + E, so the blocks
-    always suffice. Returns the slots and the expert of each block. The price: 1/R more rows to work on, and a copy
-    of the weights per block. Serves `torch.compile` and `torch.export`, where the size of an expert's load cannot be
-    read; eager mode sorts instead.
-    """
-    top_k = experts_NK.shape[1]
-    experts_1M = experts_NK.reshape(1, -1)
-    blocks = (BLOCKS_PER_EXPERT + 1) * num_experts
-    size = (experts_NK.shape[0] * top_k + BLOCKS_PER_EXPERT * num_experts - 1) // (BLOCKS_PER_EXPERT * num_experts) + 1
-    place_1M, counts_1E = positions(experts_1M, num_experts)
-    last_E = ((counts_1E[0] + size - 1) // size).cumsum(0)  # first block after each expert's
-    first_E = torch.cat([last_E.new_zeros(1), last_E[:-1]])
-    slots_NK = (first_E[experts_1M] * size + place_1M).view_as(experts_NK)
-    block_ids = torch.arange(blocks, device=experts_NK.device)
-    expert_of_block = (block_ids[:, None] >= last_E).sum(1).clamp(max=num_experts - 1)
-    return Slots(slots_NK, torch.ones_like(slots_NK, dtype=torch.bool), blocks, size), expert_of_block
+def capacity(items: int, num_experts: int, top_k: int, ratio: float) -> int:
+    """Rows of one expert: ceil(items K ratio / E) (V-MoE). Integers only, so that it also holds for symbolic sizes."""
+    exact = Fraction(ratio).limit_denominator(10_000)
+    return -(-items * top_k * exact.numerator // (exact.denominator * num_experts))
 
 
-def fill(items_ND: Tensor, slots: Slots) -> Tensor:
-    """Items into their slots: (N, D) -> (blocks, size, D); empty slots are zero."""
-    n = items_ND.shape[0]
-    # indexed by block and place: a flat buffer could not be viewed as blocks when exported with a dynamic batch
-    row_BS = torch.full((slots.blocks + 1, slots.size), n, device=items_ND.device)
-    rows_NK = torch.arange(n, device=items_ND.device).unsqueeze(1).expand_as(slots.slots_NK)
-    block_NK = slots.slots_NK // slots.size
-    row_BS = row_BS.index_put((block_NK, slots.slots_NK - block_NK * slots.size), rows_NK)
-    padded = torch.cat([items_ND, items_ND.new_zeros(1, items_ND.shape[1])])
-    return F.embedding(row_BS[: slots.blocks], padded)
+def positions(experts_GM: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """How many choices before each one, in its group, are of the same expert, (G, M); and the choices of each, (E,)."""
+    hot_GME = (experts_GM.unsqueeze(-1) == torch.arange(num_experts, device=experts_GM.device)).to(torch.int32)
+    rank_GME = hot_GME.cumsum(1, dtype=torch.int32)
+    return rank_GME.gather(2, experts_GM.unsqueeze(-1)).squeeze(-1).long() - 1, hot_GME.sum((0, 1))
 
 
-def combine(slots_BSD: Tensor, slots: Slots, gates_NK: Tensor) -> Tensor:
-    """Gate-weighted sum of each item's slots: (blocks, size, D) -> (N, D); a dropped assignment adds zero."""
-    n, top_k = gates_NK.shape
-    dim = slots_BSD.shape[-1]
-    # unbind, not flatten, for the same reason as in `fill`
-    padded = torch.cat([*slots_BSD.unbind(0), slots_BSD.new_zeros(1, dim)])
-    chosen_NKD = padded.index_select(0, slots.slots_NK.reshape(-1)).view(n, top_k, dim)
-    return (chosen_NKD * gates_NK.to(slots_BSD.dtype).unsqueeze(-1)).sum(1)
+@accelerated
+def sort_by_expert(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choices sorted by expert: the item of each row (M,), the row of each choice (N, K), choices of each expert (E,)."""
+    order_M = experts_NK.flatten().argsort(stable=True)
+    hot_EM = experts_NK.flatten() == torch.arange(num_experts, device=experts_NK.device).unsqueeze(1)
+    return order_M // experts_NK.shape[1], order_M.argsort().view_as(experts_NK), hot_EM.sum(1)
+
+
+@accelerated
+def gather(items_ND: Tensor, item_M: Tensor, row_NK: Tensor) -> Tensor:
+    """The rows of a plan: (N, D) -> (M, D), an empty one zero."""
+    return torch.cat([items_ND, items_ND.new_zeros(1, items_ND.shape[1])])[item_M]
+
+
+@accelerated
+def combine(rows_MD: Tensor, row_NK: Tensor, gates_NK: Tensor) -> Tensor:
+    """The gate-weighted sum of each item's rows: (M, D) -> (N, D); a dropped choice adds zero."""
+    padded = torch.cat([rows_MD, rows_MD.new_zeros(1, rows_MD.shape[1])])
+    return (padded[row_NK] * gates_NK.unsqueeze(-1)).sum(1)

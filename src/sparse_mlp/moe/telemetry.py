@@ -10,12 +10,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_mlp.moe.dispatch import Plan
 from sparse_mlp.moe.router import Routing
+
+if TYPE_CHECKING:
+    from sparse_mlp.moe.layer import MoeMlp
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,13 @@ class RoutingRecord:
     gates: Tensor
     kept: Tensor
 
+    @classmethod
+    def of(cls, routing: Routing, plan: Plan, shape: torch.Size) -> RoutingRecord:
+        """From what the layer has of N items, `shape` being theirs."""
+        kept_NK = torch.ones_like(routing.experts_NK, dtype=torch.bool) if plan.kept_NK is None else plan.kept_NK
+        tensors = routing.experts_NK, routing.gates_NK.detach(), kept_NK
+        return cls(*(t.view(*shape, t.shape[-1]) for t in tensors))
+
 
 class RoutingMeter(nn.Module):
     """Buffers with the last training forward's statistics. Overwritten, never added to: a recomputed forward
@@ -67,41 +78,37 @@ class RoutingMeter(nn.Module):
             size = (num_experts,) if name in ("load", "importance") else ()
             self.register_buffer(name, torch.zeros(size, device=device), persistent=False)
 
+    def reset(self) -> None:
+        """As before the first forward: zeros."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
     @torch.no_grad()
-    def update(self, routing: Routing, kept_NK: Tensor | None, balance_loss: Tensor) -> None:
-        """Take the statistics of one forward; `kept_NK` None means nothing was dropped."""
-        num_experts, n = len(self.load), len(routing.logits_NE)
-        if routing.sums is not None:
-            chosen_E, entropy = routing.sums.chosen_E, routing.sums.entropy
-            self.importance.copy_(routing.sums.totals[0] / n)
-        else:
-            logp_EN = routing.logits_NE.detach().t().log_softmax(0)  # as in `softmax_over_experts`
-            p_EN = logp_EN.exp()
-            self.importance.copy_(p_EN.mean(1))
-            entropy = -(p_EN * logp_EN).sum(0).mean()
-            hot_NKE = routing.experts_NK.unsqueeze(-1) == torch.arange(num_experts, device=p_EN.device)
-            chosen_E = hot_NKE.sum((0, 1))
-        self.load.copy_(chosen_E / routing.experts_NK.numel())
-        self.entropy.copy_(entropy / max(math.log(num_experts), 1e-12))
-        self.dropped.copy_(torch.zeros_like(self.dropped) if kept_NK is None else 1 - kept_NK.float().mean())
+    def update(self, plan: Plan, importance_E: Tensor, entropies: Tensor, balance_loss: Tensor) -> None:
+        """Take the statistics of one forward; importance and entropies are sums over items."""
+        (n, top_k), num_experts = plan.row_NK.shape, len(self.load)
+        if n == 0:
+            return
+        self.importance.copy_(importance_E / n)
+        self.load.copy_(plan.chosen_E / (n * top_k))
+        self.entropy.copy_(entropies / (n * max(math.log(num_experts), 1e-12)))
+        self.dropped.copy_(torch.zeros_like(self.dropped) if plan.kept_NK is None else 1 - plan.kept_NK.float().mean())
         self.balance_loss.copy_(balance_loss)
 
     def stats(self) -> RoutingStats:
         return RoutingStats(**{name: getattr(self, name).clone() for name in RoutingStats.__dataclass_fields__})
 
 
-def moe_layers(model: nn.Module) -> dict[str, nn.Module]:
+def moe_layers(model: nn.Module) -> dict[str, MoeMlp]:
     """Every MoE layer of a model by its dotted name; empty for a dense model."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "meter", None), RoutingMeter)
-    }
+    from sparse_mlp.moe.layer import MoeMlp
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
 
 
 def collect(model: nn.Module) -> dict[str, RoutingStats]:
     """Statistics of each MoE layer's last training forward, by the layer's dotted name."""
-    return {name: layer.meter.stats() for name, layer in moe_layers(model).items()}  # type: ignore[union-attr,operator]
+    return {name: layer.meter.stats() for name, layer in moe_layers(model).items()}
 
 
 @contextmanager
@@ -112,7 +119,7 @@ def record(model: nn.Module) -> Iterator[dict[str, list[RoutingRecord]]]:
     before = {name: layer.on_routing for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer.on_routing = records[name].append  # type: ignore[assignment]
+            layer.on_routing = records[name].append
         yield records
     finally:
         for name, layer in layers.items():
