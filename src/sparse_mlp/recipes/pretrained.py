@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparse_mlp.data import AugmentConfig, DataConfig
+from sparse_mlp.data import AugmentConfig, DataConfig, check_trusted
 from sparse_mlp.engine import OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import ModelConfig, settle
@@ -134,7 +134,7 @@ def _begin(recipe: R, given: R) -> R:
     path = Path(source)
     regular = {name: value for name, value in recipe.model.args.items() if name in _REGULAR}
     if path.is_dir():
-        stored = load_model_config(RunFolder.open(path))
+        stored = load_model_config(RunFolder.open(path), named=model.name)
         model = replace(stored, args={**stored.args, **regular}, pretrained=False)
     elif not path.is_file():
         raise FileNotFoundError(f"there is no run folder and no file of weights {source}")
@@ -154,6 +154,9 @@ def _on_images(recipe: R, given: R, source: Path | None) -> R:
         return replace(recipe, data=replace(given.data, **sizes))
     if source is not None and source.is_dir():
         stored = load_data_config(RunFolder.open(source))
+        if given.data.root is None:  # a run folder is a file from wherever: what it names is not to be fetched or run
+            check_trusted(stored)
+            sizes["download"] = given.data.download
         return replace(recipe, data=replace(stored, root=given.data.root or stored.root, **sizes))
     if given.data.root is not None:
         return replace(recipe, data=replace(given.data, name="folder", **sizes))
