@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from sparse_mlp.errors import UserError
 
 STRIP = 100
 """Images in one strip."""
 
 
 def read_strips(archives: Sequence[Path]) -> np.ndarray:
-    """All images of some zips, in order, as (N, 3, 32, 32) uint8."""
+    """All images of some zips, in order, as (N, 3, 32, 32) uint8. UserError naming one that is damaged."""
 
     def decode(content: bytes) -> np.ndarray:
         pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
@@ -24,6 +27,9 @@ def read_strips(archives: Sequence[Path]) -> np.ndarray:
 
     strips: list[np.ndarray] = []
     for archive in archives:
-        with zipfile.ZipFile(archive) as file, ThreadPoolExecutor(2) as pool:
-            strips += pool.map(decode, [file.read(name) for name in sorted(file.namelist())])
+        try:
+            with zipfile.ZipFile(archive) as file, ThreadPoolExecutor(2) as pool:
+                strips += pool.map(decode, [file.read(name) for name in sorted(file.namelist())])
+        except (zipfile.BadZipFile, zlib.error, UnidentifiedImageError, ValueError) as error:
+            raise UserError(f"{archive} is damaged: {error}") from error
     return np.concatenate(strips)
