@@ -9,7 +9,7 @@ from sparse_mlp.cli.main import main
 
 # A model that trains in a second: one dense and one sparse block of width 16 on the 8x8 digits.
 TINY = ["--model.args", "num_blocks=2", "embed_dim=16", "sparse_blocks=1", "patch_size=4"]
-SHORT = ["--train.epochs", "None", "--train.steps", "12", "--train.log-every", "6", "--schedule.warmup-epochs", "0.5"]
+SHORT = ["--train.steps", "12", "--train.log-every", "6", "--schedule.warmup-epochs", "0.5"]
 
 Run = Callable[..., tuple[int, str, str]]
 

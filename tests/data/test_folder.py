@@ -151,7 +151,7 @@ def no_images(make: MakeFolder) -> Path:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (one_image, "00.png is alone"),
+        (one_image, "00.png is the only one"),
         (lambda make: make("set", classes=()) / "missing", "not a folder"),
         (no_test, "has train/ but none of val/"),
         (class_only_in_train, "'owl' is not in val/"),
@@ -180,4 +180,4 @@ def test_test_share_would_be_ignored_where_there_is_a_train_folder(make_folder: 
 
 def test_test_share_must_be_a_share(make_folder: MakeFolder):
     with pytest.raises(ValueError, match="test_share"):
-        build(make_folder("set"), test_share=1.0)
+        build(make_folder("set"), test_share=1.5)

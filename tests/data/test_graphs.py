@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -10,20 +11,10 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from sparse_mlp.data.graph_files import from_data, load_graph
-from sparse_mlp.data.graphs import (
-    NodeBatches,
-    add_similar,
-    corrupt_edges,
-    eval_batches,
-    from_arrays,
-    hop_weights,
-    normalized_adjacency,
-    planted_graph,
-    random_split,
-    rows_sum_to_one,
-    trust_edges,
-)
+from sparse_mlp.data.edges import add_similar, corrupt_edges, planted_graph, trust_edges
+from sparse_mlp.data.graph_files import Split, from_data, load_graph
+from sparse_mlp.data.graphs import from_arrays, random_split, rows_sum_to_one
+from sparse_mlp.data.node_batches import NodeBatches, eval_batches, hop_weights, normalized_adjacency
 from sparse_mlp.data.planetoid import load_pickle
 
 
@@ -144,7 +135,7 @@ def test_random_splits_are_disjoint_and_need_enough_nodes(graph):
     assert len(np.unique(ids)) == len(ids) == 400
     assert [len(one.splits[name]) for name in ("train", "val")] == [60, 90]
     assert not np.array_equal(one.splits["train"], two.splits["train"])
-    with pytest.raises(ValueError, match="a random split needs 201"):
+    with pytest.raises(ValueError, match=r"100 training and 100 validation nodes .* are 201"):
         random_split(graph, 0, train=100, val=100)
 
 
@@ -234,14 +225,153 @@ def test_masks_of_several_columns_are_several_splits():
     rows = {"x": torch.eye(4), "edge_index": torch.tensor([[0, 1], [1, 0]]), "y": torch.tensor([0, 1, 0, 1])}
     masks = {"train_mask": torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]]).bool()}
     for column, train in ((0, [0, 1]), (1, [2, 3])):
-        assert from_data(rows | masks, split_seed=column).splits["train"].tolist() == train
+        assert from_data(rows | masks, split=Split(seed=column)).splits["train"].tolist() == train
     with pytest.raises(ValueError, match="split_seed 2 given, but train_mask has columns 0 to 1"):
-        from_data(rows | masks, split_seed=2)
+        from_data(rows | masks, split=Split(seed=2))
     with pytest.raises(ValueError, match=r"edge_index holds node ids, but is of type torch\.float32"):
         from_data(rows | masks | {"edge_index": torch.ones(2, 1)})
     one = {"train_mask": masks["train_mask"][:, 0]}
+    with pytest.raises(ValueError, match="train_per_class 5 would be ignored: graph brings its split"):
+        from_data(rows | masks, split=Split(train=5))
     with pytest.raises(ValueError, match="split_seed 1 would be ignored: graph brings its split"):
-        from_data(rows | one, split_seed=1)
+        from_data(rows | one, split=Split(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [
+        (np.array([0, 1, 0, -1]), [0, 1, 0, -1]),
+        (np.array([0, 1, 0, -100]), [0, 1, 0, -1]),
+        (np.array([0, 1, np.nan, 1], np.float32), [0, 1, -1, 1]),
+        (np.array([[0], [1], [0], [1]]), [0, 1, 0, 1]),
+        (np.array([[1, 0], [0, 1], [0, 0], [0, 1]], np.float32), [0, 1, -1, 1]),  # one-hot, one node without a class
+        (np.array([True, False, False, True]), [1, 0, 0, 1]),
+    ],
+)
+def test_labels_of_any_usual_kind_are_class_numbers(labels, numbers):
+    graph = from_arrays(**arrays(labels=labels))
+    assert graph.labels.tolist() == numbers and graph.labels.dtype == np.int64 and graph.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array([0, 1, 0.5, 1]), r"the label of node 2 is 0\.5; classes are whole numbers"),
+        (np.array([0, 1, np.inf, 1]), "the label of node 2 is inf"),
+        (np.array([[1, 1], [0, 1], [0, 1], [0, 1]]), r"labels of shape \(4, 2\) are not one-hot"),
+        (np.array([0, 1, 10**9, 1]), "the label 1000000000 is no class number"),
+        (np.full(4, np.nan), "no node has a label"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        from_arrays(**arrays(labels=labels))
+
+
+def test_nodes_without_a_label_leave_the_training_and_it_is_said():
+    splits = {"train": np.array([0, 1, 2]), "test": np.array([3])}
+    graph = from_arrays(**arrays(labels=np.array([0, 1, -1, -1]), splits=splits))
+    assert graph.splits["train"].tolist() == [0, 1] and graph.splits["test"].tolist() == [3]
+    assert graph.labelled("test").tolist() == []
+    assert graph.notes[1:] == (
+        "1 nodes of the split 'train' have no label and are left out of it",
+        "1 test nodes have no label and are not counted in the accuracy",
+    )
+
+
+def pyg_data(**changes):
+    data = pytest.importorskip("torch_geometric.data")
+    masks = {f"{name}_mask": torch.zeros(4, dtype=torch.bool) for name in ("train", "val", "test")}
+    masks["train_mask"][:2] = masks["val_mask"][2] = masks["test_mask"][3] = True
+    edges = torch.tensor([[0, 1, 2], [1, 2, 3]])
+    values = {"x": torch.eye(4), "edge_index": edges, "y": torch.tensor([0, 1, 0, 1]), **masks} | changes
+    return data.Data(**{name: value for name, value in values.items() if value is not None})
+
+
+def kinds_of_data():
+    edges = torch.tensor([[0, 1, 2], [1, 2, 3]])
+    matrix = torch.sparse_coo_tensor(edges.flip(0), torch.ones(3), (4, 4))
+    return {
+        "a Parameter": pyg_data(x=torch.nn.Parameter(torch.eye(4))),
+        "sparse features": pyg_data(x=torch.eye(4).to_sparse()),
+        "one-hot": pyg_data(y=torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])),
+        "adj_t": pyg_data(edge_index=None, adj_t=matrix.coalesce()),
+        "adj_t in rows": pyg_data(edge_index=None, adj_t=matrix.to_sparse_csr()),
+        "a list of one": [pyg_data()],
+        "a dataset of one": (pyg_data().to_dict(), None, type(pyg_data())),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize(
+    "kind", ["a Parameter", "sparse features", "one-hot", "adj_t", "adj_t in rows", "a list of one", "a dataset of one"]
+)
+def test_a_saved_graph_in_another_form_is_the_same_graph(tmp_path, kind):
+    torch.save(kinds_of_data()[kind], tmp_path / "data.pt")
+    graph = load_graph(str(tmp_path / "data.pt"))
+    assert graph.num_edges == 3 and graph.labels.tolist() == [0, 1, 0, 1] and graph.splits["train"].tolist() == [0, 1]
+    dense = graph.features.toarray() if sp.issparse(graph.features) else graph.features
+    np.testing.assert_array_equal(dense, np.eye(4))
+
+
+def test_a_graph_saved_on_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    """The file names the device of each tensor; what torch is asked for is to put all of them on the CPU."""
+    pytest.importorskip("torch_geometric")
+    asked, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: asked.append(options) or load(*args, **options))
+    torch.save(pyg_data(), tmp_path / "data.pt")
+    load_graph(str(tmp_path))
+    assert [options["map_location"] for options in asked] == ["cpu"]
+
+
+def test_reading_a_saved_graph_prints_nothing(tmp_path):
+    """Importing torch_geometric warns of its own use of torch.jit.script, which is no affair of the user's."""
+    torch.save(pyg_data(), tmp_path / "data.pt")
+    code = f"from sparse_mlp.data.graph_files import load_graph; load_graph({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+def test_several_graphs_and_several_kinds_of_nodes_are_refused_with_a_way_out(tmp_path):
+    data = pytest.importorskip("torch_geometric.data")
+    one = pyg_data()
+    torch.save([one, one, one], tmp_path / "data.pt")
+    with pytest.raises(ValueError, match=r"data\.pt holds 3 graphs, but the nodes of one are learned"):
+        load_graph(str(tmp_path))
+    torch.save((one.to_dict(), {"x": torch.tensor([0, 2, 4])}, data.Data), tmp_path / "data.pt")
+    with pytest.raises(ValueError, match="holds 2 graphs"):
+        load_graph(str(tmp_path))
+    mixed = data.HeteroData()
+    mixed["paper"].x = torch.eye(4)
+    mixed["author"].x = torch.eye(2)
+    mixed["author", "writes", "paper"].edge_index = torch.tensor([[0], [1]])
+    torch.save(mixed, tmp_path / "data.pt")
+    with pytest.raises(ValueError, match=r"HeteroData with nodes of the types paper, author.*to_homogeneous\(\)"):
+        load_graph(str(tmp_path))
+
+
+def test_the_sizes_of_a_random_split_can_be_chosen(tmp_path, graph):
+    coo = graph.adjacency.tocoo()
+    data = {"x": torch.from_numpy(graph.features), "y": torch.from_numpy(graph.labels)}
+    data["edge_index"] = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
+    splits = from_data(data, split=Split(train=5, val=0)).splits
+    assert [len(splits[part]) for part in ("train", "val", "test")] == [15, 0, 385]
+
+
+def test_own_normalisations_are_those_of_torch_geometric(graph):
+    """To rounding; why its functions are not called is said in data/graphs.py."""
+    transforms = pytest.importorskip("torch_geometric.utils")
+    from torch_geometric.nn.conv.gcn_conv import gcn_norm
+
+    coo = graph.adjacency.tocoo()
+    edges = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
+    (rows, cols), weights = gcn_norm(edges, num_nodes=graph.num_nodes)
+    theirs = sp.csr_matrix((weights.numpy(), (rows.numpy(), cols.numpy())), shape=(400, 400))
+    np.testing.assert_allclose(normalized_adjacency(graph.adjacency).toarray(), theirs.toarray(), rtol=1e-6)
+    one_way = edges[:, edges[0] < edges[1]]
+    both = from_data({"x": torch.ones(400, 1), "edge_index": one_way, "y": torch.from_numpy(graph.labels)}).adjacency
+    again = transforms.to_undirected(one_way)
+    assert np.array_equal(np.argwhere(both.toarray()).T, again.numpy())
 
 
 def test_unknown_graphs_name_the_nearest(tmp_path):

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from torch.utils.data import get_worker_info
 
 from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, build_datasets, eval_loader, steps_per_epoch
 from sparse_mlp.data import train_loader as loader
-from sparse_mlp.data.sets import _build_files
+from sparse_mlp.data.sets import build_files
 from sparse_mlp.data.views import ViewsConfig, in_two_views, view_loader
+from sparse_mlp.errors import UserError
 
 CONFIG = DataConfig(name="wds/counted", image_size=16, batch_size=4, eval_batch_size=5, num_classes=3)
 
@@ -47,7 +49,7 @@ class Reader:
 def build(train: int = 18, told: int | None = None, mixup: float = 0.0) -> ImageData:
     sets = [IterableImageDataset("", reader=Reader(train, told)), IterableImageDataset("", reader=Reader(12))]
     augment = AugmentConfig(crop_scale=(0.3, 1.0), flip=0.5, erase=0.5, mixup=mixup)
-    return _build_files(CONFIG, augment, *sets, classes=["a", "b", "c"])
+    return build_files(CONFIG, augment, *sets, classes=["a", "b", "c"])
 
 
 def test_an_epoch_has_its_whole_batches():
@@ -146,6 +148,71 @@ def test_shards_that_are_not_there(shards: Path):
     config = DataConfig(name="wds/digits", root=str(shards), image_size=8, num_classes=10, train_split="trian")
     with pytest.raises(ValueError, match="timm cannot open 'wds/digits', split 'trian': split trian not found in info"):
         build_datasets(config, AugmentConfig())
+
+
+def write_shards(root: Path, images: list[tuple[str, bytes, int]]) -> Path:
+    """One shard of (suffix, encoded image, label) that both splits read."""
+    with tarfile.open(root / "a.tar", "w") as tar:
+        for i, (suffix, image, label) in enumerate(images):
+            for name, content in ((f"{i:05d}.{suffix}", image), (f"{i:05d}.cls", b"%d" % label)):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    split = {"name": "a", "num_samples": len(images), "filenames": ["a.tar"], "shard_lengths": [len(images)]}
+    (root / "_info.json").write_text(json.dumps({"splits": {"train": split, "validation": split}}))
+    return root
+
+
+def encoded(image: Image.Image, kind: str, **more: Any) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **more)
+    return content.getvalue()
+
+
+SHARDS = DataConfig(
+    name="wds/x", image_size=8, channels=1, batch_size=2, num_classes=2, mean=(0.0,), std=(1.0,), crop_pct=1.0
+)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_images_in_shards_are_upright_and_of_any_depth(tmp_path: Path):
+    pytest.importorskip("webdataset")
+    exif = Image.Exif()
+    exif[274] = 3  # turned by half
+    half = np.zeros((8, 8), dtype=np.uint8)
+    half[:4] = 200
+    deep = Image.fromarray(np.full((8, 8), 257 * 60, dtype=np.uint16))
+    turned = encoded(Image.fromarray(half), "png", exif=exif)
+    root = write_shards(tmp_path, [("png", encoded(deep, "png"), 0), ("png", turned, 1)])
+    config = replace(SHARDS, root=str(root))
+    (batch,) = eval_loader(build_datasets(config, AugmentConfig()), config)
+    deep_pixels, turned_pixels = batch["image"][:, 0].mul(255).round()
+    assert deep_pixels.unique().tolist() == [60]
+    assert turned_pixels[:4].unique().tolist() == [0] and turned_pixels[4:].unique().tolist() == [200]
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("label", [2, -1])
+def test_labels_beyond_the_classes_are_one_line(tmp_path: Path, label: int):
+    pytest.importorskip("webdataset")
+    png = encoded(Image.new("L", (8, 8)), "png")
+    root = write_shards(tmp_path, [("png", png, 1), ("png", png, label)])
+    config = replace(SHARDS, root=str(root))
+    data = build_datasets(config, AugmentConfig())
+    with pytest.raises(UserError, match=f"wds/x holds the label {label}, and data.num_classes 2 allows 0 to 1"):
+        list(loader(data, config, 0, steps=1))
+    with pytest.raises(UserError, match=f"the label {label},"):
+        list(eval_loader(data, config))
+    gc.collect()
+
+
+def test_the_classes_of_a_stream_must_be_those_of_the_model(shards: Path):
+    config = DataConfig(name="wds/digits", root=str(shards), image_size=8, num_classes=10)
+    digits = [str(n) for n in range(10)]
+    assert build_datasets(config, AugmentConfig(), classes=digits).classes == digits
+    with pytest.raises(UserError, match="classes of a stream"):
+        build_datasets(config, AugmentConfig(), classes=digits[::-1])
 
 
 def test_a_stream_in_two_views():

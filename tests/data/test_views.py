@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
 from sparse_mlp.data import DataConfig, ViewsConfig, build_views, eval_loader, view_loader
-from sparse_mlp.data.views import VIEW_DRAWS, BatchView, blend, gaussian_blur, luminance, turn_hue
+from sparse_mlp.data.randomness import preserved_generators, seed_generators
+from sparse_mlp.data.view_transforms import (
+    VIEW_DRAWS,
+    BatchView,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    view_transform,
+)
+from sparse_mlp.errors import UserError
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 GREY = {"saturation": 0.0, "hue": 0.0, "grey": 0.0}
@@ -27,25 +39,50 @@ def draws(count: int = 64, seed: int = 0) -> np.ndarray:
 
 
 def test_colour_operations_are_torchvisions_with_a_number_an_image(images):
-    numbers = torch.tensor([0.6, 0.9, 1.0, 1.2, 1.4])
+    factors = torch.tensor([0.6, 0.9, 1.0, 1.2, 1.4])
     turns = torch.tensor([-0.5, -0.1, 0.0, 0.07, 0.3])
-    contrast = luminance(images).mean((1, 2, 3), keepdim=True)
-    for i, (factor, turn) in enumerate(zip(numbers.tolist(), turns.tolist(), strict=True)):
-        one = images[i : i + 1]
-        close = torch.testing.assert_close
-        close(blend(images, torch.zeros(()), numbers)[i : i + 1], tv.adjust_brightness(one, factor))
-        close(blend(images, contrast, numbers)[i : i + 1], tv.adjust_contrast(one, factor))
-        close(blend(images, luminance(images), numbers)[i : i + 1], tv.adjust_saturation(one, factor))
-        close(turn_hue(images, turns)[i : i + 1], tv.adjust_hue(one, turn), rtol=1e-4, atol=1e-5)
+    for ours, library, numbers in (
+        (adjust_brightness, tv.adjust_brightness, factors),
+        (adjust_contrast, tv.adjust_contrast, factors),
+        (adjust_saturation, tv.adjust_saturation, factors),
+        (adjust_hue, tv.adjust_hue, turns),
+    ):
+        expected = torch.cat([library(images[i : i + 1], number) for i, number in enumerate(numbers.tolist())])
+        torch.testing.assert_close(ours(images, numbers), expected, rtol=1e-4, atol=1e-5)
     grey = torch.full((2, 3, 4, 4), 0.3)
-    torch.testing.assert_close(turn_hue(grey, torch.tensor([0.1, 0.4])), grey)
+    torch.testing.assert_close(adjust_hue(grey, torch.tensor([0.1, 0.4])), grey)
 
 
-def test_blur_is_torchvisions(images):
-    sigmas = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0])
-    for i, sigma in enumerate(sigmas.tolist()):
-        expected = tv.gaussian_blur(images[i : i + 1], [9, 9], [sigma, sigma])
-        torch.testing.assert_close(gaussian_blur(images, sigmas, radius=4)[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"crop_scale": (0.2, 0.9), "crop_ratio": (0.6, 1.5)},
+        {"rotate": 40.0},
+        {"rotate": 40.0, "crop_scale": (0.3, 1.0)},
+        {"jitter": 0.8, "brightness": 0.8, "contrast": 0.0, "saturation": 0.0, "hue": 0.0},
+        {"jitter": 1.0, "hue": 0.3},
+        {"grey": 0.5},
+        {"blur": (1.0, 1.0)},
+        {"solarize": (0.5, 0.5)},
+    ],
+    ids=str,
+)
+def test_images_in_memory_and_in_files_are_varied_alike(options):
+    """An option does the same to every set: the same mean and deviation of every pixel over many epochs."""
+    count, size = 1200, 20
+    across = torch.linspace(40, 220, size).expand(size, size)
+    image = torch.stack((across, across.T, across.flip(1))).byte()
+    views = ViewsConfig(**{**OFF, "solarize": (0.0, 0.0), **options})
+    with preserved_generators():
+        memory = BatchView(views, 1, size, **PLAIN)(image.expand(count, -1, -1, -1), draws(count))
+        transform, read = view_transform(views, 1, size, **PLAIN), []
+        for seed in range(count):
+            seed_generators(seed)
+            read.append(transform(image))
+    for statistic in (torch.mean, torch.std):
+        difference = (statistic(memory, 0) - statistic(torch.stack(read), 0)).abs()
+        assert difference.mean() < 0.015 and difference.max() < 0.045
 
 
 def test_an_image_depends_on_its_own_draws_alone():
@@ -53,6 +90,13 @@ def test_an_image_depends_on_its_own_draws_alone():
     together = view(pixels(), draws())
     for i in (0, 7, 63):
         torch.testing.assert_close(view(pixels()[i : i + 1], draws()[i : i + 1])[0], together[i])
+
+
+def test_the_global_generators_are_left_alone():
+    data, config = digits()
+    before = torch.get_rng_state(), random.getstate()
+    next(iter(view_loader(data, config, 0, steps=1)))
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
 
 
 def test_every_operation_has_its_share():
@@ -115,7 +159,7 @@ def test_files_are_read_in_two_views(tmp_path):
             values = np.random.default_rng(i).integers(0, 256, (40, 30, 3), dtype=np.uint8)
             Image.fromarray(values).save(tmp_path / name / f"{i}.png")
     config = DataConfig(name="folder", root=str(tmp_path), image_size=24, batch_size=4, workers=1)
-    data = build_views(config, ViewsConfig())
+    data = build_views(config, ViewsConfig(rotate=10))
     one, two = (list(view_loader(data, config, 0, start_step=s, steps=6 - s)) for s in (0, 4))
     assert one[0]["view1"].shape == one[0]["view2"].shape == (4, 3, 24, 24)
     assert same(one[4], two[0]) and not torch.equal(one[0]["view1"], one[0]["view2"])
@@ -132,13 +176,22 @@ def test_files_are_read_in_two_views(tmp_path):
         ({"flip": 1.5}, r"views.flip 1.5 is not in \[0, 1\]"),
         ({"blur": (1.0, -0.1)}, "views.blur"),
         ({"hue": 0.7}, "views.hue 0.7"),
-        ({"brightness": -1.0}, "views.brightness -1.0 is negative"),
+        ({"brightness": -1.0}, r"views.brightness -1.0 is not in \[0, 1\]"),
+        ({"contrast": 1e6}, r"views.contrast 1000000.0 is not in \[0, 1\]"),
+        ({"rotate": 1e6}, r"views.rotate 1000000.0 is not in \[0, 180\]"),
+        ({"rotate": float("nan")}, r"views.rotate nan is not in \[0, 180\]"),
         ({"crop_scale": (0.5, 0.2)}, "views.crop_scale"),
+        ({"crop_scale": (1e-9, 1.0)}, "views.crop_scale"),
+        (
+            {"crop_ratio": (1.0, 1e9)},
+            r"views.crop_ratio \(1.0, 1000000000.0\) must be two rising numbers in \[0.1, 10\]",
+        ),
+        ({"blur_sigma": (1.0, 1e9)}, "views.blur_sigma"),
         ({"blur": (0.0, 0.0), "blur_sigma": (0.1, 1.0)}, "would be ignored"),
     ],
 )
 def test_wrong_values_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         ViewsConfig(**options)
 
 

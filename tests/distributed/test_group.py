@@ -7,6 +7,7 @@ import torch
 
 from sparse_mlp import distributed
 from sparse_mlp.distributed import group
+from sparse_mlp.errors import UserError
 
 PROGRAM = Path(__file__).with_name("collectives.py")
 
@@ -16,7 +17,7 @@ def test_collectives_on_two_ranks(launch):
     assert launch(PROGRAM, {}, ranks=2, errors=errors) == [0, 0], errors
 
 
-def test_a_process_alone():
+def test_a_single_process():
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     with distributed.join("cpu") as device:
         assert device == torch.device("cpu")
@@ -26,8 +27,8 @@ def test_a_process_alone():
     assert torch.equal(distributed.mean(torch.ones(2)), torch.ones(2))
     module = torch.nn.Linear(1, 1)
     assert distributed.wrap(module, torch.device("cpu")) is module
-    vote = distributed.Vote()
-    assert [vote.cast(0), vote.cast(2), vote.close()] == [0, 2, 0]
+    stop = distributed.AsyncMax()
+    assert [stop.reduce(0), stop.reduce(2), stop.wait()] == [0, 2, 0]
 
 
 def test_incomplete_environment(monkeypatch):
@@ -49,15 +50,32 @@ def test_one_device_for_many_processes(monkeypatch):
 
 def test_devices(monkeypatch):
     assert distributed.resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="unknown device 'gpu'; allowed are auto, cpu, cuda"):
-        distributed.resolve_device("gpu")
+    assert distributed.resolve_device("cpu:0") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert distributed.resolve_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="device 'cuda' was asked for, but torch finds 0 GPUs here"):
+    with pytest.raises(ValueError, match="device 'cuda' does not exist: torch finds 0 GPUs"):
         distributed.resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed.resolve_device("auto", index=1) == torch.device("cuda:1")
-    with pytest.raises(ValueError, match="device 'cuda:5' was asked for, but torch finds 2 GPUs here"):
+    with pytest.raises(ValueError, match="device 'cuda:5' does not exist: torch finds 2 GPUs"):
         distributed.resolve_device("cuda:5")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpu", "unknown device 'gpu'; allowed are auto, cpu, cuda"),
+        ("", "unknown device ''; allowed are auto, cpu, cuda"),
+        ("cuda:", "unknown device 'cuda:'; allowed are"),
+        ("mps", "device 'mps' is not supported for training; allowed are auto, cpu, cuda"),
+        ("meta", "device 'meta' is not supported for training"),
+        ("xla:0", "device 'xla:0' is not supported for training"),
+        ("cpu:7", "device 'cpu:7' does not exist: torch has one CPU device, cpu"),
+    ],
+)
+def test_devices_that_cannot_train(name, message):
+    with pytest.raises(UserError, match=f"^{message}") as caught:
+        distributed.resolve_device(name)
+    assert "\n" not in str(caught.value)

@@ -26,7 +26,7 @@ PROGRAM = Path(__file__).with_name("train_digits.py")
 
 
 class Line(Task):
-    """The smallest task: y = w x + b. It counts its calls."""
+    """The smallest task: y = w x + b. It records the arguments of before_step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,11 +137,11 @@ def checkpoint_content() -> Callable[[Path], tuple[dict[str, Tensor], dict[str, 
 
 @pytest.fixture
 def metric_lines() -> Callable[..., list[dict[str, Any]]]:
-    """Lines of metrics.jsonl without what depends on the clock; without events unless they are asked for."""
+    """Lines of metrics.jsonl without what depends on the clock; without events unless they are requested."""
 
     def read(run: RunFolder, *kinds: str) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-        timed = {"time", "images_per_s", "data_time"}
+        timed = {"time", "items_per_s", "data_time"}
         wanted = kinds or ("train", "eval", "routing")
         return [{k: v for k, v in line.items() if k not in timed} for line in lines if line["kind"] in wanted]
 

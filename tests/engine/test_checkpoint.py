@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,40 @@ def test_damage_is_named_and_never_passed_over(kind, folder):
     load_state(path)
 
 
+@pytest.mark.parametrize("name", ["state/shard-00002.safetensors", "state/more/a.txt", "model_ema.safetensors"])
+def test_a_file_that_was_not_saved_with_it_is_refused(name, folder):
+    path = last_checkpoint(folder)
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_bytes((path / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=rf"is damaged: {name} is not one of the files it was saved with; remove"):
+        load_state(path)
+
+
+def declare(shape, data=b""):
+    """A safetensors file whose header declares a float32 tensor of this shape."""
+    size = 4 * math.prod(shape)
+    header = json.dumps({"task.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (declare([10**5, 10**5]), "is damaged: state cannot be read"),  # 40 GB
+        (struct.pack("<Q", 40 * 2**30) + b"{", "is damaged: state cannot be read"),
+        (struct.pack("<Q", 2) + b"[]", "is damaged: state cannot be read"),
+        (b"", "is damaged: state cannot be read"),
+        (declare([2], b"\0" * 8), "does not fit this model and optimiser: 0 tensors match"),
+    ],
+)
+def test_a_header_that_lies_is_one_line(content, message, tmp_path):
+    (tmp_path / "step_00000001/state").mkdir(parents=True)
+    (tmp_path / "step_00000001/state/shard.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_tensors(tmp_path / "step_00000001", {"task.weight": torch.zeros(3, 2)})
+    assert "\n" not in str(caught.value)
+
+
 def test_edited_numbers_are_noticed(folder):
     path = last_checkpoint(folder) / "state.json"
     path.write_text(path.read_text().replace("0.1", "0.2"))
@@ -124,7 +160,7 @@ def test_edited_numbers_are_noticed(folder):
 def test_another_format(folder):
     path = last_checkpoint(folder) / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(CheckpointError, match=r"has format 99; this version reads 1"):
+    with pytest.raises(CheckpointError, match=r"has format 99; this version reads 2"):
         load_state(path.parent)
 
 

@@ -28,6 +28,10 @@ GOOD = (OptimConfig(), ScheduleConfig(), TrainConfig(epochs=1))
         (TrainConfig(steps=1, keep=0), "train.keep 0 is below 1"),
         (TrainConfig(steps=1, seed=-1), "train.seed -1 is below 0"),
         (TrainConfig(steps=1, amp="fp8"), "unknown train.amp 'fp8'; allowed are bf16, fp16 and None"),
+        (
+            TrainConfig(steps=1, threads=100_000_000),
+            r"train.threads 100000000 is more than four for each of this machine's \d+ cores",
+        ),
         (OptimConfig(opt="adamv"), "unknown optimiser 'adamv'; nearest: .*adam"),
         (OptimConfig(opt="sgd", betas=(0.9, 0.9)), r"optim.betas \(0.9, 0.9\) would be ignored: sgd has none"),
         (OptimConfig(momentum=0.9), "optim.momentum 0.9 would be ignored: adamw has none"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -82,6 +83,18 @@ def test_killed_and_resumed_on_two_ranks_to_the_bit(train_digits, checkpoint_con
     assert metric_lines(whole) == metric_lines(broken)
 
 
+def test_all_ranks_stop_when_the_time_is_over(train_digits):
+    errors: list[str] = []
+    spec = {"train": {"minutes": 0.02, "log_every": 1}, "schedule": {"sched": "linear", "warmup_steps": 3}}
+    run, code = train_digits("run", ranks=2, errors=errors, **spec)
+    assert code == 0, errors
+    lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    finished = lines[-1]
+    assert (finished["what"], finished["seconds"] >= 1.2) == ("finished", True)
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [finished["steps"]]
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"step_{finished['steps']:08d}"]
+
+
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(train_digits):
     errors: list[str] = []
     run, code = train_digits(
@@ -94,7 +107,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(train_digits):
     assert [path.name for path in run.checkpoints.iterdir()] == ["step_00000004"]
 
 
-def test_a_full_disk_is_told_on_every_rank(train_digits):
+def test_a_full_disk_is_an_error_on_every_rank(train_digits):
     errors: list[str] = []
     run, code = train_digits(
         "run", ranks=2, train={"steps": 6, "save_every": 2}, full_at=2, full_bytes=9000, errors=errors

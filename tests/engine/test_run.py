@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -17,10 +18,51 @@ def test_create_and_open(tmp_path):
     RunFolder.create(tmp_path / "deep/run", config)
     assert RunFolder.open(tmp_path / "deep/run").config() == config
     assert not list((tmp_path / "deep/run").glob(".*"))
-    with pytest.raises(FileExistsError, match=r"^\S+/deep/run holds a run already; go on with --resume \S+/deep/run"):
-        RunFolder.create(tmp_path / "deep/run", config)
     with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no config.json"):
         RunFolder.open(tmp_path / "deep")
+
+
+def log(run, **line):
+    run.metrics_path.write_text(json.dumps(line) + "\n")
+
+
+def test_a_run_without_a_step_can_begin_again(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"steps": 1})
+    log(run, kind="event", step=0, what="started")
+    run.tensorboard.mkdir()
+    (run.checkpoints / ".step_00000001.tmp/state").mkdir(parents=True)
+    (run.path / "notes.txt").write_text("kept")
+    again = RunFolder.create(tmp_path / "run", {"steps": 2})
+    assert again.config() == {"steps": 2}
+    assert not again.metrics_path.exists()
+    assert not again.tensorboard.exists()
+    assert list(again.checkpoints.iterdir()) == []
+    assert (run.path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("sign", ["checkpoint", "metrics", "unknown metrics"])
+def test_a_run_with_a_step_is_not_overwritten(sign, tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"steps": 1})
+    if sign == "checkpoint":
+        (run.checkpoints / "step_00000003").mkdir(parents=True)
+    elif sign == "metrics":
+        log(run, kind="train", step=1)
+    else:
+        run.metrics_path.write_text("hello\n")
+    with pytest.raises(FileExistsError, match=r"^\S+/run holds a run already; go on with --resume \S+/run or name"):
+        RunFolder.create(run.path, {"steps": 2})
+    assert run.config() == {"steps": 1}
+
+
+def test_reading_a_run_writes_nothing(tmp_path):
+    """A run on a read-only medium can be evaluated."""
+    run = RunFolder.create(tmp_path / "run", {"steps": 1})
+    (run.checkpoints / "step_00000003").mkdir(parents=True)
+    (run.checkpoints / "step_00000003/model.safetensors").touch()
+    before = sorted((path, path.stat().st_mtime_ns) for path in (run.path, *run.path.rglob("*")))
+    opened = RunFolder.open(run.path)
+    assert (opened.config(), opened.weights().name) == ({"steps": 1}, "model.safetensors")
+    assert sorted((path, path.stat().st_mtime_ns) for path in (run.path, *run.path.rglob("*"))) == before
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -35,6 +77,8 @@ def test_one_process_at_a_time(tmp_path):
         assert other.stdout.readline() == b"in\n"
         with pytest.raises(ValueError, match="is being trained by another process"), run.locked():
             pass
+        with pytest.raises(ValueError, match="is being trained by another process"):
+            RunFolder.create(run.path, {})
         other.kill()
     with run.locked():
         pass

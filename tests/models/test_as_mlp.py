@@ -7,7 +7,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import sparse_mlp  # noqa: F401
+from sparse_mlp import weights
+from sparse_mlp.models.as_mlp import checkpoint_filter_fn
 
 # parameters, multiply-adds at 224 px, parameters of the dense-prediction backbone: the published code's, counted
 PUBLISHED = {
@@ -25,7 +26,7 @@ def test_equals_the_reference_outputs(reference, assert_golden):
     golden = reference.golden(SMALLEST)
     assert {key: list(value.shape) for key, value in state_dict.items()} == dict(golden["state_dict"])
     model = timm.create_model(SMALLEST)
-    model.load_state_dict(state_dict)
+    model.load_state_dict(checkpoint_filter_fn(state_dict))
     assert_golden(model, SMALLEST, STAGES)
 
 
@@ -46,7 +47,7 @@ def test_has_the_published_size(name):
 def test_equals_the_published_form_at_any_size(reference, size):
     published, state_dict = reference.weights(SMALLEST)
     model = timm.create_model(SMALLEST).eval()
-    model.load_state_dict(state_dict)
+    model.load_state_dict(checkpoint_filter_fn(state_dict))
     images = reference.images(1, *size)
     with torch.inference_mode():
         expected, logits = published(images), model(images)
@@ -59,9 +60,8 @@ def test_output_norms_give_the_published_dense_maps(reference, size, tmp_path):
     torch.save(
         {"state_dict": {f"module.backbone.{key}": value for key, value in state_dict.items()}}, tmp_path / "dense.pth"
     )
-    model = timm.create_model(
-        SMALLEST, features_only=True, output_norms=True, checkpoint_path=str(tmp_path / "dense.pth")
-    )
+    model = timm.create_model(SMALLEST, features_only=True, output_norms=True)
+    weights.load(model, tmp_path / "dense.pth")
     images = reference.images(1, *size)
     with torch.inference_mode():
         expected, maps = published(images), model.eval()(images)
@@ -76,7 +76,8 @@ def test_the_authors_files_load(reference, wrapper, tmp_path):
     published, state_dict = reference.weights(SMALLEST)
     stored = {f"module.{key}": value for key, value in state_dict.items()}
     torch.save({wrapper: stored, "epoch": 3} if wrapper else stored, tmp_path / "official.pth")
-    model = timm.create_model(SMALLEST, checkpoint_path=str(tmp_path / "official.pth")).eval()
+    overlay = {"file": str(tmp_path / "official.pth")}
+    model = timm.create_model(SMALLEST, pretrained=True, pretrained_cfg_overlay=overlay).eval()
     images = reference.images(1, 64, 64)
     with torch.inference_mode():
         expected, logits = published(images), model(images)
@@ -86,11 +87,11 @@ def test_the_authors_files_load(reference, wrapper, tmp_path):
 def test_training_gradients_equal_the_published_forms(reference):
     published, state_dict = reference.weights(SMALLEST)
     model = timm.create_model(SMALLEST)
-    model.load_state_dict(state_dict)
+    model.load_state_dict(checkpoint_filter_fn(state_dict))
     images = reference.images(2, 64, 64).double()
     for network in (published.double(), model.double()):
         network.eval()(images).square().mean().backward()
-    theirs = model.read_checkpoint({key: p.grad for key, p in published.named_parameters()})
+    theirs = checkpoint_filter_fn({key: p.grad for key, p in published.named_parameters()})
     for key, parameter in model.named_parameters():
         assert (parameter.grad - theirs[key]).abs().max() <= 1e-9 * theirs[key].abs().max(), key
 
@@ -98,7 +99,7 @@ def test_training_gradients_equal_the_published_forms(reference):
 def test_statistics_are_those_of_the_whole_image_with_the_published_eps():
     norm = timm.create_model("as_mlp_tiny").norm
     assert norm.num_groups == 1 and norm.eps == 1e-5
-    x = torch.randn(2, 3, 4, 768) * 3 + 1
+    x = torch.randn(2, 768, 3, 4) * 3 + 1
     y = norm(x)
     torch.testing.assert_close(
         y, (x - x.mean((1, 2, 3), keepdim=True)) / (x.var((1, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
@@ -110,4 +111,5 @@ def test_merging_takes_rows_fastest():
     x = torch.randn(1, 5, 6, 96)
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1))
     corners = [padded[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
-    torch.testing.assert_close(merging(x), merging.reduction(merging.norm(torch.cat(corners, -1))))
+    normed = merging.norm(torch.cat(corners, -1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(merging(x), merging.reduction(normed))

@@ -11,9 +11,9 @@ import importlib
 import pytest
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, Format
 from timm.models import is_model_in_modules, model_entrypoint
-from timm.models._manipulate import group_parameters
+from timm.models._manipulate import group_parameters, reinit_non_persistent_buffers
 from torch import nn
 
 from sparse_mlp.models import registered_names
@@ -40,6 +40,7 @@ SMALLEST = _smallest_of_each_module()
 MODELS = [pytest.param(name, marks=() if name in SMALLEST else pytest.mark.slow) for name in NAMES]
 every_model = pytest.mark.parametrize("name", MODELS)
 each_system = pytest.mark.parametrize("name", sorted(SMALLEST))
+each_family = pytest.mark.parametrize("name", sorted(SMALLEST | {"sparse_mlp_t4_32"}))  # the Mixer is the smaller one
 
 
 def _input_size(name: str) -> tuple[int, int]:
@@ -185,6 +186,44 @@ def test_features_only(name):
     sum(value.square().mean() for value in maps).backward()
     unused = [key for key, p in model.named_parameters() if p.grad is None]
     assert unused == []  # an unused parameter stops DistributedDataParallel
+
+
+@each_family
+@pytest.mark.parametrize("feature_cls", ["fx", "hook"])
+def test_features_by_graph_and_by_hooks_are_those_of_the_getter(name, feature_cls):
+    maps, images = {}, _images(name)
+    for kind in ("getter", feature_cls):
+        torch.manual_seed(0)
+        model = timm.create_model(name, features_only=True, feature_cls=kind, out_indices=(1, 3)).eval()
+        with torch.inference_mode():
+            maps[kind] = model(images)
+    for value, expected in zip(maps[feature_cls], maps["getter"], strict=True):
+        if value.dim() == 4:  # (B, H, W, C) in, (B, S, C) for tokens
+            assert model.output_fmt == Format.NHWC
+            value = value.permute(0, 3, 1, 2)
+        else:
+            value = value.transpose(1, 2).reshape(expected.shape)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+@each_family
+def test_weights_and_buffers_are_right_after_the_meta_device(name):
+    model = timm.create_model(name, num_classes=10, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 7)
+    torch.manual_seed(0)
+    model.init_weights()
+    reinit_non_persistent_buffers(model)
+    usual = timm.create_model(name, num_classes=10)
+    for key, buffer in usual.named_buffers():
+        assert torch.equal(model.get_buffer(key), buffer), key
+    for key, parameter in usual.named_parameters():
+        drawn, expected = model.get_parameter(key), parameter
+        assert drawn.isfinite().all(), key
+        spread = pytest.approx(expected.std().item(), rel=0.5) if expected.numel() > 100 else pytest.approx(0, abs=2)
+        assert drawn.std(correction=0).item() == spread, key
+    assert model.eval()(_images(name)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)

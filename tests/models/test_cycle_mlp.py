@@ -7,7 +7,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import sparse_mlp  # noqa: F401
+from sparse_mlp import weights
+from sparse_mlp.models.cycle_mlp import checkpoint_filter_fn
 
 # parameters, multiply-adds at 224 px, parameters of the dense-prediction backbone: the published code's, counted
 PUBLISHED = {
@@ -27,7 +28,7 @@ def test_equals_the_reference_outputs(reference, assert_golden):
     golden = reference.golden(SMALLEST)
     assert {key: list(value.shape) for key, value in state_dict.items()} == dict(golden["state_dict"])
     model = timm.create_model(SMALLEST)
-    model.load_state_dict(state_dict)
+    model.load_state_dict(checkpoint_filter_fn(state_dict))
     assert_golden(model, SMALLEST, STAGES)
 
 
@@ -48,7 +49,7 @@ def test_has_the_published_size(name):
 def test_equals_the_published_form_at_any_size(reference, size):
     published, state_dict = reference.weights(SMALLEST)
     model = timm.create_model(SMALLEST).eval()
-    model.load_state_dict(state_dict)
+    model.load_state_dict(checkpoint_filter_fn(state_dict))
     images = reference.images(1, *size)
     with torch.inference_mode():
         expected, logits = published(images), model(images)
@@ -61,9 +62,8 @@ def test_output_norms_give_the_published_dense_maps(reference, size, tmp_path):
     torch.save(
         {"state_dict": {f"module.backbone.{key}": value for key, value in state_dict.items()}}, tmp_path / "dense.pth"
     )
-    model = timm.create_model(
-        SMALLEST, features_only=True, output_norms=True, checkpoint_path=str(tmp_path / "dense.pth")
-    )
+    model = timm.create_model(SMALLEST, features_only=True, output_norms=True)
+    weights.load(model, tmp_path / "dense.pth")
     images = reference.images(1, *size)
     with torch.inference_mode():
         expected, maps = published(images), model.eval()(images)
@@ -78,7 +78,8 @@ def test_the_authors_files_load(reference, wrapper, tmp_path):
     published, state_dict = reference.weights(SMALLEST)
     stored = {f"module.{key}": value for key, value in state_dict.items()}
     torch.save({wrapper: stored, "epoch": 3} if wrapper else stored, tmp_path / "official.pth")
-    model = timm.create_model(SMALLEST, checkpoint_path=str(tmp_path / "official.pth")).eval()
+    overlay = {"file": str(tmp_path / "official.pth")}
+    model = timm.create_model(SMALLEST, pretrained=True, pretrained_cfg_overlay=overlay).eval()
     images = reference.images(1, 64, 64)
     with torch.inference_mode():
         expected, logits = published(images), model(images)
@@ -88,11 +89,11 @@ def test_the_authors_files_load(reference, wrapper, tmp_path):
 def test_training_gradients_equal_the_published_forms(reference):
     published, state_dict = reference.weights(SMALLEST)
     model = timm.create_model(SMALLEST)
-    model.load_state_dict(state_dict)
+    model.load_state_dict(checkpoint_filter_fn(state_dict))
     images = reference.images(2, 64, 64).double()
     for network in (published.double(), model.double()):
         network.eval()(images).square().mean().backward()
-    theirs = model.read_checkpoint({key: p.grad for key, p in published.named_parameters()})
+    theirs = checkpoint_filter_fn({key: p.grad for key, p in published.named_parameters()})
     for key, parameter in model.named_parameters():
         assert (parameter.grad - theirs[key]).abs().max() <= 1e-9 * theirs[key].abs().max(), key
 
@@ -107,4 +108,4 @@ def test_a_checkpoint_with_other_offsets_is_refused(reference):
     state_dict = reference.published.build("cycle_mlp_b1").state_dict()
     state_dict["network.0.0.attn.sfc_h.offset"].mul_(-1)
     with pytest.raises(ValueError, match=r"network\.0\.0\.attn\.sfc_h\.offset"):
-        timm.create_model("cycle_mlp_b1").load_state_dict(state_dict)
+        checkpoint_filter_fn(state_dict)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from sparse_mlp.data.graph_files import load_graph
-from sparse_mlp.data.graphs import feature_rows, hop_weights, normalized_adjacency
+from sparse_mlp.data.graphs import feature_rows
+from sparse_mlp.data.node_batches import hop_weights, normalized_adjacency
 from sparse_mlp.models.graph_mlp import GraphMlp, checkpoint_filter_fn, n_contrast
 
 # Outputs of the published files, run unchanged; the rules for weights and inputs are in the file itself.
@@ -104,7 +105,7 @@ def test_losses_and_gradients_equal_the_published_code(small, model, case):
         assert grads[name].norm().item() == pytest.approx(norm, rel=1e-5), name
 
 
-def test_the_misreadings_are_told_apart(small, model):
+def test_misreadings_of_the_formula_give_other_losses(small, model):
     case = GOLDEN["small"]["losses"][0]
     x, normalized, *_ = small
     pairs = nonzeros(np.linalg.matrix_power(normalized, 2))

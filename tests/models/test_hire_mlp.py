@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
+from timm.layers.norm_act import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch.utils.flop_counter import FlopCounterMode
 
-import sparse_mlp  # noqa: F401
+from sparse_mlp import weights
+from sparse_mlp.models.hire_mlp import checkpoint_filter_fn
 
 # parameters, multiply-adds at 224 px, parameters of the dense-prediction backbone: the published code's, counted
 PUBLISHED = {
@@ -26,7 +30,7 @@ def test_equals_the_reference_outputs(reference, assert_golden):
     golden = reference.golden(SMALLEST)
     assert {key: list(value.shape) for key, value in state_dict.items()} == dict(golden["state_dict"])
     model = timm.create_model(SMALLEST)
-    model.load_state_dict(state_dict)
+    model.load_state_dict(checkpoint_filter_fn(state_dict))
     assert_golden(model, SMALLEST, STAGES)
 
 
@@ -47,7 +51,7 @@ def test_has_the_published_size(name):
 def test_equals_the_published_form_at_any_size(reference, size):
     published, state_dict = reference.weights(SMALLEST)
     model = timm.create_model(SMALLEST).eval()
-    model.load_state_dict(state_dict)
+    model.load_state_dict(checkpoint_filter_fn(state_dict))
     images = reference.images(1, *size)
     with torch.inference_mode():
         expected, logits = published(images), model(images)
@@ -60,9 +64,8 @@ def test_output_norms_give_the_published_dense_maps(reference, size, tmp_path):
     torch.save(
         {"state_dict": {f"module.backbone.{key}": value for key, value in state_dict.items()}}, tmp_path / "dense.pth"
     )
-    model = timm.create_model(
-        SMALLEST, features_only=True, output_norms=True, checkpoint_path=str(tmp_path / "dense.pth")
-    )
+    model = timm.create_model(SMALLEST, features_only=True, output_norms=True)
+    weights.load(model, tmp_path / "dense.pth")
     images = reference.images(1, *size)
     with torch.inference_mode():
         expected, maps = published(images), model.eval()(images)
@@ -77,7 +80,8 @@ def test_the_authors_files_load(reference, wrapper, tmp_path):
     published, state_dict = reference.weights(SMALLEST)
     stored = {f"module.{key}": value for key, value in state_dict.items()}
     torch.save({wrapper: stored, "epoch": 3} if wrapper else stored, tmp_path / "official.pth")
-    model = timm.create_model(SMALLEST, checkpoint_path=str(tmp_path / "official.pth")).eval()
+    overlay = {"file": str(tmp_path / "official.pth")}
+    model = timm.create_model(SMALLEST, pretrained=True, pretrained_cfg_overlay=overlay).eval()
     images = reference.images(1, 64, 64)
     with torch.inference_mode():
         expected, logits = published(images), model(images)
@@ -87,11 +91,11 @@ def test_the_authors_files_load(reference, wrapper, tmp_path):
 def test_training_gradients_equal_the_published_forms(reference):
     published, state_dict = reference.weights(SMALLEST)
     model = timm.create_model(SMALLEST)
-    model.load_state_dict(state_dict)
+    model.load_state_dict(checkpoint_filter_fn(state_dict))
     images = reference.images(2, 64, 64).double()
     for network in (published.double(), model.double()):
         network.eval()(images).square().mean().backward()
-    theirs = model.read_checkpoint({key: p.grad for key, p in published.named_parameters()})
+    theirs = checkpoint_filter_fn({key: p.grad for key, p in published.named_parameters()})
     for key, parameter in model.named_parameters():
         assert (parameter.grad - theirs[key]).abs().max() <= 1e-9 * theirs[key].abs().max(), key
 
@@ -120,3 +124,26 @@ def test_trains_on_one_image_down_to_maps_or_regions_of_one_position(size):
         size == (32, 32)
     )  # a map of one position has no statistics
     assert not torch.equal(model.stages[0].blocks[0].norm1.running_mean, before[1])
+
+
+def test_batch_norms_survive_conversions_that_go_by_their_type():
+    model = timm.create_model(SMALLEST, depths=(1, 1, 1, 1), num_classes=3).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean)
+    images = torch.randn(2, 3, 64, 48)
+    frozen = freeze_batch_norm_2d(copy.deepcopy(model))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.modules())
+    synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synced.modules())
+    with torch.no_grad():
+        expected = model(images)
+        for converted in (frozen, synced, unfreeze_batch_norm_2d(copy.deepcopy(frozen)).eval()):
+            torch.testing.assert_close(converted(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracer's own
+def test_a_trace_keeps_the_number_of_regions():
+    model = timm.create_model(SMALLEST, depths=(1, 1, 1, 1), num_classes=3).eval()
+    graph = str(torch.jit.trace(model, torch.randn(1, 3, 96, 96)).inlined_graph)
+    assert "aten::neg" not in graph and "aten::floor_divide" in graph

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
-import sparse_mlp  # noqa: F401
 from sparse_mlp.models import registered_names
+from sparse_mlp.weights import convert
 
 NAMES = [name for name in registered_names() if name.startswith(("as_mlp", "cycle_mlp", "hire_mlp"))]
 pytestmark = pytest.mark.slow  # constructs and fills up to 96 M parameters
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # constructs and fills up to 96 M parameters
 def test_logits(reference, name, size):
     published, state_dict = reference.weights(name)
     model = timm.create_model(name).eval()
-    model.load_state_dict({"model": {f"module.{key}": value for key, value in state_dict.items()}})
+    model.load_state_dict(convert({"model": {f"module.{key}": value for key, value in state_dict.items()}}, name))
     images = reference.images(1, *size).double()
     with torch.inference_mode():
         expected, logits = published.double()(images), model.double()(images)
@@ -32,7 +32,7 @@ def test_logits(reference, name, size):
 def test_dense_maps(reference, name):
     published, state_dict = reference.weights(name, dense=True)
     model = timm.create_model(name, features_only=True, output_norms=True).eval()
-    model.load_state_dict(state_dict)
+    model.load_state_dict(convert(state_dict, name))
     images = reference.images(1, 250, 186).double()
     with torch.inference_mode():
         expected, maps = published.double()(images), model.double()(images)

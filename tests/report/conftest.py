@@ -30,7 +30,7 @@ def metric_lines(
         loss = 2.3 * math.exp(-2 * step / steps) + 0.02 * float(rng.random())
         lines.append(
             {"kind": "train", **where, "loss": loss, "accuracy": 1 - loss / 2.4, "balance": 0.1, "lr": 1e-3}
-            | {"grad_norm": 0.5, "images_per_s": 1000.0 + step, "data_time": 0.1}
+            | {"grad_norm": 0.5, "items_per_s": 1000.0 + step, "data_time": 0.1}
         )
         for layer, experts in layers.items():
             load, importance = rng.dirichlet([20.0] * experts), rng.dirichlet([40.0] * experts)
@@ -62,13 +62,15 @@ def write_run(
     predictions: bool = True,
     weights: bool = True,
     metrics: str | None = None,
+    config: dict[str, Any] | None = None,
+    files: Sequence[str] | None = None,
 ) -> Path:
     rng = np.random.default_rng(0)
     names = [str(c) for c in range(classes)] if isinstance(classes, int) else list(classes)
     folder.mkdir(parents=True)
-    config = {"name": "digits_sparse", "model": {"name": "sparse_mlp_t4_32", "args": {"patch_size": 2}}}
-    config |= {"data": {"name": "digits", "batch_size": 64}, "train": {"epochs": 10, "seed": 0}}
-    (folder / "config.json").write_text(json.dumps(config))
+    whole = {"name": "digits_sparse", "model": {"name": "sparse_mlp_t4_32", "args": {"patch_size": 2}}}
+    whole |= {"data": {"name": "digits", "batch_size": 64}, "train": {"epochs": 10, "seed": 0}}
+    (folder / "config.json").write_text(json.dumps(whole | (config or {})))
     (folder / "inputs.json").write_text(json.dumps({"classes": names}))
     environment = {"date": "2026-01-02T03:04:05+00:00", "command": ["/some/bin/sparse-mlp", "train", "a b"]}
     environment |= {"git_commit": "0123456789abcdef", "git_changed": True, "versions": {"torch": "2.11"}}
@@ -84,7 +86,8 @@ def write_run(
         if logits is None:
             logits = rng.normal(size=(images, len(names))).astype(np.float32)
             logits[np.arange(images), target] += 3.0
-        np.savez(folder / "predictions.npz", index=np.arange(len(target)), target=target, logits=logits)
+        named = {} if files is None else {"files": np.array(files)}
+        np.savez(folder / "predictions.npz", index=np.arange(len(target)), target=target, logits=logits, **named)
     if weights:
         save_file({"a": np.zeros((3, 4), np.float32), "b": np.zeros(5, np.float32)}, folder / "model.safetensors")
     return folder

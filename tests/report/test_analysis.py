@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from torchmetrics.functional.classification import binary_calibration_error
 
 from sparse_mlp.report import analysis
-from sparse_mlp.report.run import Predictions
+from sparse_mlp.report.predictions import Predictions
 
 
 def predictions(target: list[int], predicted: list[int], probability: list[float] | None = None, classes: int = 3):
@@ -17,7 +19,6 @@ def predictions(target: list[int], predicted: list[int], probability: list[float
         target=np.array(target, dtype=np.int64),
         predicted=np.array(predicted, dtype=np.int64),
         probability=np.array(probability or [0.9] * len(target)),
-        in_top5=np.ones(len(target), dtype=bool),
         num_classes=classes,
     )
 
@@ -75,7 +76,7 @@ def test_calibration_against_a_loop() -> None:
     found = analysis.calibration(predictions([0] * 500, [0 if r else 1 for r in right], probability), bins=10)
     error = 0.0
     for b in range(10):
-        inside = [i for i, p in enumerate(probability) if b / 10 < p <= (b + 1) / 10]
+        inside = [i for i, p in enumerate(probability) if b / 10 <= p < (b + 1) / 10]
         assert found.images[b] == len(inside)
         if inside:
             confidence = sum(probability[i] for i in inside) / len(inside)
@@ -83,6 +84,8 @@ def test_calibration_against_a_loop() -> None:
             np.testing.assert_allclose([found.confidence[b], found.accuracy[b]], [confidence, accuracy])
             error += abs(confidence - accuracy) * len(inside) / 500
     assert found.error == pytest.approx(error, abs=1e-12)
+    reference = binary_calibration_error(torch.tensor(probability), torch.tensor(right), n_bins=10)
+    assert found.error == pytest.approx(float(reference), abs=1e-6)
 
 
 def test_a_model_sure_and_right_has_no_calibration_error() -> None:

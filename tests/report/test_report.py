@@ -4,61 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
+from tests.report.pages import Page
 from torch import nn
 
 from sparse_mlp import report
 from sparse_mlp.report import Samples, wanted_images, write_report
 from sparse_mlp.report.analysis import class_accuracy
 from sparse_mlp.report.classes import class_accuracy_figure, confusion_figure
-from sparse_mlp.report.curves import load_figure, smooth, thin
+from sparse_mlp.report.curves import smooth, thin
+from sparse_mlp.report.loads import load_figure
 from sparse_mlp.report.run import read_run
 
 MakeRun = Callable[..., Path]
 MakeSamples = Callable[..., Samples]
-
-VOID = {"meta", "br", "img", "link", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """Reads a page: its text, its tags, and whether they are balanced."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open[-1:]:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def sections(self) -> list[str]:
-        return [str(attrs["id"]) for tag, attrs in self.tags if tag == "section" and "id" in attrs]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +47,9 @@ def test_a_whole_report(whole: Page, whole_run: Path) -> None:
         assert words in whole.text
     figures = {path.stem for path in (whole_run / "figures").iterdir()}
     assert figures >= {"loss", "accuracy", "confusion_matrix", "routing_patches", "load_blocks_4_mlp_tokens"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (whole_run / "figures").iterdir())
+    for path in (whole_run / "figures").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.with_suffix(".svg").read_text().startswith("<?xml")
 
 
 def test_the_page_is_complete_in_itself(whole: Page) -> None:
@@ -106,12 +71,20 @@ def test_ids_are_unique_and_links_lead_somewhere(whole: Page) -> None:
     assert all(attrs.get("alt") for tag, attrs in whole.tags if tag == "img")
 
 
-HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "--><b>", "$\\frac{$", "a & b", "", "名前"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "--><b>",
+    "$\\frac{$",
+    "a & b",
+    "",
+    "[red]名前[/]",
+]
 
 
 def test_names_are_text_wherever_they_come_from(make_run: MakeRun, make_samples: MakeSamples) -> None:
     layer = "<script>.mlp_tokens"
-    run = make_run("<i>run&", classes=HOSTILE, layers={layer: 4})
+    run = make_run("<i>[b]run&", classes=HOSTILE, layers={layer: 4})
     for name in ("config.json", "environment.json"):
         text = (run / name).read_text()
         text = text.replace("sparse_mlp_t4_32", "<script>m").replace("A CPU", "<script>c").replace("a b", "<script>r")
@@ -121,9 +94,18 @@ def test_names_are_text_wherever_they_come_from(make_run: MakeRun, make_samples:
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "b"}
     assert all(attrs.get("src", "").startswith("data:") for tag, attrs in page.tags if tag == "img")
-    for words in ("<script>m", "<script>c", "<script>r", layer, "<i>run&", *filter(None, HOSTILE[:3]), "a & b", "名前"):
+    for words in (
+        "<script>m",
+        "<script>c",
+        "<script>r",
+        layer,
+        "<i>[b]run&",
+        *filter(None, HOSTILE[:3]),
+        "a & b",
+        "[red]名前[/]",
+    ):
         assert words in page.text
-    assert {path.suffix for path in (run / "figures").iterdir()} == {".png"}
+    assert {path.suffix for path in (run / "figures").iterdir()} == {".png", ".svg"}
 
 
 def test_a_dense_run_has_no_experts(make_run: MakeRun, make_samples: MakeSamples) -> None:

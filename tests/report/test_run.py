@@ -19,7 +19,7 @@ def test_series_and_headline_numbers(make_run: MakeRun) -> None:
     np.testing.assert_array_equal(run.train.step, np.arange(10, 101, 10))
     np.testing.assert_array_equal(run.evals.step, [20, 40, 60, 80, 100])
     assert run.seconds == 5.0
-    assert run.images_per_s == 1055.0  # median of 1010, 1020, ... 1100
+    assert run.items_per_s == 1055.0  # median of 1010, 1020, ... 1100
     assert run.parameters == 3 * 4 + 5
     assert run.last_step == 100
     assert run.notes == []
@@ -39,7 +39,7 @@ def test_top5_is_the_share_with_fewer_than_five_larger_logits(make_run: MakeRun)
     logits = np.tile(np.arange(8, dtype=np.float32), (8, 1))  # class 7 first, class 3 fifth
     run = read_run(make_run(classes=8, target=np.arange(8), logits=logits))
     assert run.predictions is not None
-    np.testing.assert_array_equal(run.predictions.in_top5, [False, False, False, True, True, True, True, True])
+    assert run.predictions.top5 == 5 / 8
 
 
 def test_many_predictions_reduce_in_chunks_as_at_once(make_run: MakeRun) -> None:
@@ -142,10 +142,10 @@ def test_damaged_files_are_one_line_errors_that_name_them(make_run: MakeRun, nam
         ({"index": [0], "target": [0]}, "logits"),
         ({"index": [0], "target": [0, 1], "logits": [[0.0, 1.0]]}, "do not fit"),
         ({"index": [0], "target": [2], "logits": [[0.0, 1.0]]}, "targets 2 to 2 do not fit 2 classes"),
-        ({"index": [0], "target": [-1], "logits": [[0.0, 1.0]]}, "targets -1 to -1 do not fit 2 classes"),
+        ({"index": [0], "target": [0], "logits": [[0.0, 1.0]], "files": ["a", "b"]}, "do not fit"),
     ],
 )
-def test_predictions_that_do_not_fit(make_run: MakeRun, arrays: dict[str, list[float]], message: str) -> None:
+def test_predictions_that_do_not_fit(make_run: MakeRun, arrays: dict[str, list[object]], message: str) -> None:
     folder = make_run()
     np.savez(folder / "predictions.npz", **{name: np.array(value) for name, value in arrays.items()})
     with pytest.raises(ValueError, match=message):
@@ -165,3 +165,29 @@ def test_weights_of_an_interrupted_run_are_counted_in_its_checkpoint(make_run: M
     checkpoint.mkdir(parents=True)
     (folder / "model.safetensors").rename(checkpoint / "model.safetensors")
     assert read_run(folder).parameters == 17
+
+
+def test_items_without_a_label_are_left_out_and_said(make_run: MakeRun) -> None:
+    logits = np.array([[2, 1], [2, 1], [0, 1]], np.float32)
+    run = read_run(make_run(classes=2, target=np.array([0, -1, -100]), logits=logits))
+    assert run.top1 == 1.0 and run.predictions is not None and len(run.predictions.target) == 1
+    assert run.notes == ["2 of 3 predictions are of items without a label and not counted."]
+
+
+@pytest.mark.parametrize("load", [[0.0, 0.0], [None, None]])
+def test_layers_that_never_ran_in_training_have_no_load(make_run: MakeRun, load: list[float | None]) -> None:
+    line = {"kind": "routing", "step": 1, "time": 0.0, "layer": "a", "load": load, "importance": load, "entropy": 0.0}
+    run = read_run(make_run(metrics=json.dumps(line) + "\n"))
+    assert run.routing == {} and run.has_experts
+    assert not read_run(make_run("dense", layers={})).has_experts
+
+
+def test_throughput_by_either_name_and_every_logged_number(make_run: MakeRun) -> None:
+    lines = [
+        {"kind": "train", "step": 5, "time": 1.0, "loss": 1.0, "items_per_s": 7.0, "nll": 0.5, "per_class": [1, 2]},
+        {"kind": "train", "step": 6, "time": 1.0, "loss": None, "items_per_s": 9.0},
+    ]
+    run = read_run(make_run(metrics="\n".join(map(json.dumps, lines)) + "\n"))
+    assert run.items_per_s == 8.0
+    assert set(run.train.values) == {"loss", "items_per_s", "nll"}
+    np.testing.assert_array_equal(run.train.get("nll"), [0.5, np.nan])

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from sparse_mlp import distributed
-from sparse_mlp.data.graphs import NodeBatches, planted_graph
+from sparse_mlp.data.edges import planted_graph
+from sparse_mlp.data.node_batches import NodeBatches
 from sparse_mlp.models.graph_mlp import GraphMlp
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
 
@@ -21,8 +22,8 @@ with distributed.join("cpu") as device:
     task = NodeClassify(GraphMlp(8, 3, hidden_dim=16, drop_rate=0.0), NodeLossConfig(distill=0.5))
     module = distributed.wrap(task, device)
     optimizer = torch.optim.Adam(task.param_groups(5e-3), lr=0.01)
-    soft = torch.rand(400, 3, generator=torch.Generator().manual_seed(1)).softmax(1).numpy()
-    batches = NodeBatches(graph, 200, 2, 0, rank=rank, world_size=ranks, soft=soft)
+    teacher = torch.rand(400, 3, generator=torch.Generator().manual_seed(1)).softmax(1).numpy()
+    batches = NodeBatches(graph, 200, 2, 0, rank=rank, world_size=ranks, probabilities=teacher)
     losses = []
     for step in range(5):
         out = module(batches[step])

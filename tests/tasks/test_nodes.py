@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_mlp.data.graphs import NodeBatches, eval_batches, planted_graph
+from sparse_mlp.data.edges import planted_graph
+from sparse_mlp.data.node_batches import NodeBatches, eval_batches
 from sparse_mlp.models.graph_mlp import GraphMlp, n_contrast
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
 
@@ -23,16 +24,16 @@ def make(config, **options):
 
 
 def test_the_total_is_the_sum_of_its_parts(graph):
-    soft = np.random.default_rng(0).dirichlet([1, 1, 1], graph.num_nodes).astype(np.float32)
+    teacher = np.random.default_rng(0).dirichlet([1, 1, 1], graph.num_nodes).astype(np.float32)
     task = make(NodeLossConfig(alpha=3.0, tau=0.7, distill=0.5))
-    batch = NodeBatches(graph, 200, 2, 0, soft=soft)[0]
+    batch = NodeBatches(graph, 200, 2, 0, probabilities=teacher)[0]
     out = task(batch)
     z = task.model.forward_features(batch["features"])
     logits = task.model.forward_head(z)
     labelled = batch["target"] >= 0
     nll = torch.nn.functional.cross_entropy(logits[labelled], batch["target"][labelled])
     contrast = n_contrast(z, batch["rows"], batch["cols"], batch["weights"], 0.7)
-    wanted = torch.from_numpy(soft[batch["index"]])
+    wanted = torch.from_numpy(teacher[batch["index"]])
     distill = -(wanted * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(out["loss"], nll + 3 * contrast + 0.5 * distill)
     assert out["accuracy"].item() == pytest.approx(
@@ -41,7 +42,7 @@ def test_the_total_is_the_sum_of_its_parts(graph):
     assert not any(value.requires_grad for name, value in out.items() if name != "loss")
 
 
-def test_the_graph_teaches_what_labels_alone_do_not():
+def test_the_graph_adds_accuracy_to_the_labels():
     graph = planted_graph(400, 2000, classes=3, features=24)
     scores = {}
     for alpha in (0.0, 1.0):
@@ -67,6 +68,20 @@ def test_evaluation_keeps_the_mode_and_the_order(graph):
     assert 0 <= result.metrics["val_top1"] <= 1
     with pytest.raises(ValueError, match="no validation or test nodes"):
         task.evaluate(eval_batches(replace(graph, splits={})), torch.device("cpu"))
+
+
+def test_only_labelled_nodes_are_counted(graph):
+    """Half of the test nodes lose their label: the accuracy is that of the others; all of them are predicted."""
+    task = make(NodeLossConfig())
+    labels, test = graph.labels.copy(), graph.splits["test"]
+    labels[test[::2]] = -1
+    half = task.evaluate(eval_batches(replace(graph, labels=labels)), torch.device("cpu"))
+    logits, kept = half.predictions["logits"], np.arange(len(test)) % 2 == 1
+    assert half.metrics["top1"] == pytest.approx((logits.argmax(1) == graph.labels[test])[kept].mean())
+    assert half.metrics["nodes"] == kept.sum() and len(logits) == len(test)
+    labels[test] = -1
+    none = task.evaluate(eval_batches(replace(graph, labels=labels)), torch.device("cpu"))
+    assert "top1" not in none.metrics and none.metrics["nodes"] == 0 and "val_top1" in none.metrics
 
 
 def test_two_ranks_learn_what_one_learns(launch, tmp_path):

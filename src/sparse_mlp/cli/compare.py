@@ -1,93 +1,121 @@
-"""`sparse-mlp compare`: several recipes, one table."""
+"""`sparse-mlp compare`: several recipes or runs, one table and one page."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import tyro
-
-from sparse_mlp import distributed, recipes
-from sparse_mlp.cli.parse import parse, split_names
-from sparse_mlp.cli.running import check_resume, choose_folder, is_finished, train
-from sparse_mlp.cli.showing import console, count_macs, count_parameters, table
-from sparse_mlp.cli.train import join_model_arguments
-from sparse_mlp.engine import check_configs
+from sparse_mlp import distributed, jobs, recipes
+from sparse_mlp.cli.parse import HELP_ALL, parse_known, split_names
+from sparse_mlp.cli.showing import add_row, console, table
+from sparse_mlp.cli.train import change
 from sparse_mlp.errors import UserError
-from sparse_mlp.recipes import Recipe
-from sparse_mlp.report import read_run, write_comparison
+from sparse_mlp.jobs import Recipe, Run
+from sparse_mlp.report import write_comparison
 
-_DESCRIPTION = """Train several recipes one after the other and set their results side by side.
+_log = logging.getLogger(__name__)
 
-    sparse-mlp compare RECIPE RECIPE ... [--out DIR] [--any.field VALUE ...]
-
-Each run goes into DIR/RECIPE. Called again, the command goes on where it was; finished runs are not trained again.
-
-Fields given here change every recipe alike; the defaults shown below are those of the first."""
+_MOST = 24  # runs in one comparison
 
 
 @dataclass(frozen=True)
-class CompareArguments:
+class CompareOptions:
     out: Path = Path("runs/compare")
-    """Folder of the comparison, with one run folder a recipe in it."""
+    """Folder of the comparison, with a run folder for each recipe."""
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    seeds: int | None = None
+    """Train each recipe with the seeds 0 to this - 1. Left out: with its own seed."""
 
 
 def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
-    if not 2 <= len(names) <= 6 and "--help" not in options and "-h" not in options:
-        raise UserError(f"compare takes two to six recipes, not {len(names)}; known: {', '.join(recipes.RECIPES)}")
-    if len(set(names)) != len(names):
-        raise UserError(f"a recipe is named twice: {' '.join(names)}")
-    asked: dict[Path, Recipe] = {}
-    for name in names or ["digits_sparse"]:
-        default = recipes.get(name)
-        start = CompareArguments(recipe=default)
-        given = parse(CompareArguments, options, prog="compare", description=_DESCRIPTION, default=start)
-        recipe = join_model_arguments(given.recipe, default)
-        if recipe.name != default.name:
-            raise UserError(f"--name {recipe.name} would be ignored: each run is called by its recipe; see --out")
-        asked[given.out / name] = replace(recipe, name=name)
+    everything = HELP_ALL in options
+    given, rest = parse_known(CompareOptions, [word for word in options if word != HELP_ALL], prog="compare")
+    if everything:
+        change(recipes.get(names[0] if names else "digits_sparse"), [HELP_ALL], "compare")
+    finished = [name for name in names if (Path(name) / "config.json").is_file()]
+    asked = _asked([name for name in names if name not in finished], given, rest)
+    if not 2 <= len(asked) + len(finished) <= _MOST:
+        raise UserError(f"compare takes two to {_MOST} recipes or runs, not {len(asked) + len(finished)}")
+    if finished and rest and not asked:
+        raise UserError(f"{rest[0]} would be ignored: finished runs are taken as they are")
+    runs = [Run(Path(name)) for name in finished]
+    for entry in runs:
+        entry.metrics  # noqa: B018 - FileNotFoundError for a run that has not finished
     for folder, recipe in asked.items():  # before anything is trained
-        if (folder / "config.json").is_file():
-            check_resume(folder, recipes.load(folder), recipe)
-        else:
-            choose_folder(recipe.name, folder, resume=False)
-            check_configs(recipe.optim, recipe.schedule, recipe.train)
-            recipes.build(recipe)
-    progress = console(stderr=True, quiet=not distributed.is_main())
+        _check(folder, recipe)
     for folder, recipe in asked.items():
-        if is_finished(folder):
-            progress.print(f"{folder}: finished before", markup=False, soft_wrap=True)
-            continue
-        progress.print(f"{folder}: training {recipe.model.name}", markup=False, soft_wrap=True)
-        train(recipe, folder, resume=(folder / "config.json").is_file())
+        runs.append(_train(folder, recipe))
     if distributed.is_main():
-        _show(list(asked), given.out)
+        show(runs, given.out)
     return 0
 
 
-def _show(folders: list[Path], out: Path) -> None:
+def _asked(names: Sequence[str], given: CompareOptions, options: Sequence[str]) -> dict[Path, Recipe]:
+    """Run folders and recipes, in the order of the names. UserError for a name or a recipe's name given twice."""
+    if len(set(names)) != len(names):
+        raise UserError(f"a recipe is named twice: {' '.join(names)}")
+    if given.seeds is not None and given.seeds < 1:
+        raise UserError(f"--seeds {given.seeds} must be at least 1")
+    asked = {}
+    for name in names:
+        recipe = recipes.fit(name, partial(change, options=options, prog="compare"))
+        if recipe.name != recipes.get(name).name:
+            raise UserError(f"--name {recipe.name} would be ignored: each run is called by its recipe; see --out")
+        if given.seeds is None:
+            asked[given.out / name] = recipe
+            continue
+        for seed in range(given.seeds):
+            train: Any = replace(recipe.train, seed=seed)  # type: ignore[attr-defined]
+            asked[given.out / f"{name}-seed{seed}"] = replace(recipe, train=train)  # type: ignore[call-arg]
+    return asked
+
+
+def _check(folder: Path, recipe: Recipe) -> None:
+    """UserError or OSError if the recipe cannot be trained in the folder, or began otherwise there."""
+    if (folder / "config.json").is_file():
+        jobs.check_resume(folder, Run(folder).recipe, recipe)
+    else:
+        jobs.check(recipe, folder)
+
+
+def _train(folder: Path, recipe: Recipe) -> Run:
+    if not (folder / "config.json").is_file():
+        _log.info("%s: training", folder)
+        return jobs.train(recipe, folder)
+    if Run(folder).folder.results() is None:
+        _log.info("%s: going on", folder)
+        return jobs.resume(folder, recipe, trusted=True)
+    _log.info("%s: finished before", folder)
+    return Run(folder)
+
+
+def show(runs: Sequence[Run], out: Path) -> None:
     """The table, and the page and figure with the curves of all runs."""
-    shown = table("run", "top-1", "parameters", "mult-adds", "images/s", "busiest expert", numbers=5)
-    macs = []
-    for folder in folders:
-        spec = recipes.load_inputs(folder)
-        model = recipes.load_model(recipes.load(folder).model, spec, folder)
-        macs.append(count_macs(model, spec.channels, spec.image_size)[""])
-        measured = read_run(folder)
-        loads = [routing.final_load() for routing in measured.routing.values()]
-        busiest = max((float(load.max()) * len(load) for load in loads), default=None)
-        shown.add_row(
-            folder.name,
-            "-" if measured.top1 is None else f"{measured.top1:.2%}",
-            f"{count_parameters(model) / 1e6:.2f} M",
-            f"{macs[-1] / 1e6:.1f} M",
-            "-" if measured.images_per_s is None else f"{measured.images_per_s:,.0f}",
-            "dense" if busiest is None else f"{busiest:.2f} x its share",
+    summaries = [jobs.summarize(entry) for entry in runs]
+    metrics = list(dict.fromkeys(name for summary in summaries for name in summary.scores))
+    shown = table(
+        "run", *metrics, "steps", "parameters", "mult-adds", "items/s", "busiest expert", numbers=len(metrics) + 5
+    )
+    for entry, summary in zip(runs, summaries, strict=True):
+        add_row(
+            shown,
+            entry.path.name,
+            *(summary.scores.get(name, "-") for name in metrics),
+            _number(summary.steps, "{:,}"),
+            _number(summary.parameters, "{:.2f} M", 1e6),
+            _number(summary.macs, "{:.1f} M", 1e6),
+            _number(summary.items_per_s, "{:,.0f}"),
+            "dense" if summary.busiest is None else f"{summary.busiest:.2f} x its share",
         )
-    page = write_comparison(folders, out, macs)
+    page = write_comparison([entry.path for entry in runs], out, [summary.macs for summary in summaries])
     console().print(shown)
     console().print(f"comparison: {page}", markup=False, soft_wrap=True)
+
+
+def _number(value: float | None, text: str, unit: float = 1) -> str:
+    return "-" if value is None else text.format(value / unit if unit != 1 else value)

@@ -11,14 +11,16 @@ from rich.table import Table
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from sparse_mlp import recipes
+from sparse_mlp import jobs
 from sparse_mlp.cli.parse import parse
-from sparse_mlp.cli.showing import console, count_macs, count_parameters, table
+from sparse_mlp.cli.showing import console, table
 from sparse_mlp.data import InputSpec
 from sparse_mlp.errors import UserError
+from sparse_mlp.jobs import ModelConfig
+from sparse_mlp.jobs.images import load_inputs, load_model_config
+from sparse_mlp.jobs.recipe import Arguments
 from sparse_mlp.moe import MoeMlp
-from sparse_mlp.recipes import ModelConfig
-from sparse_mlp.recipes.recipe import Arguments
+from sparse_mlp.report.cost import count_macs, count_parameters
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def run(arguments: list[str]) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     config, spec = _resolve(given)
-    model = recipes.build_model(config, spec)
+    model = jobs.build_model(config, spec)
     macs = count_macs(model, spec.channels, spec.image_size)
     out = console()
     out.print(
@@ -66,9 +68,9 @@ def _resolve(given: InfoArguments) -> tuple[ModelConfig, InputSpec]:
     if Path(given.model).is_dir():
         if given.args or given.image_size or given.channels or given.classes:
             raise UserError(f"{given.model} is a run folder: its model is shown as it was trained, without options")
-        model = recipes.load(given.model).model
-        return replace(model, pretrained=False, weights=None), recipes.load_inputs(given.model)
-    recipes.check_model_name(given.model)
+        folder = jobs.Run(Path(given.model)).folder
+        return replace(load_model_config(folder), pretrained=False, weights=None), load_inputs(folder)
+    jobs.check_model_name(given.model)
     published = get_pretrained_cfg(given.model)
     channels, height, _ = published.input_size if published else (3, 224, 224)
     classes = given.classes or (published.num_classes if published else 1000)

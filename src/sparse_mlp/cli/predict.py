@@ -1,95 +1,79 @@
-"""`sparse-mlp predict`: the classes a trained run sees in image files."""
+"""`sparse-mlp predict`: what a run sees in files."""
 
 from __future__ import annotations
 
-import glob
+import csv
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import torch
-import tyro
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from sparse_mlp import recipes
-from sparse_mlp.cli.parse import parse
-from sparse_mlp.cli.showing import console, table
-from sparse_mlp.data import BadImageError, InputSpec, read_image
+from sparse_mlp import jobs
+from sparse_mlp.cli.parse import asks_help, parse, parse_known
+from sparse_mlp.cli.showing import add_row, console, table
 from sparse_mlp.errors import UserError
+from sparse_mlp.jobs import PredictOptions, Row
 
-_BATCH = 64
+_DESCRIPTION = """Predict with a trained run.
+
+    sparse-mlp predict RUN FILE|FOLDER ... [--out FILE] [options]
+
+A run on images takes image files, folders with their subfolders, and quoted patterns such as 'photos/*.jpg'; a run on a
+graph takes a file of features (.npy, .npz, .csv)."""
+
+_FORMATS = (".csv", ".json")
+_COLUMNS = 12  # that a terminal shows; a file has them all
 
 
 @dataclass(frozen=True)
-class PredictArguments:
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Folder of a trained run."""
-
-    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
-    """Image files, folders of images, or quoted patterns such as 'photos/*.jpg'."""
-
-    top: int = 5
-    """How many classes to show for each image."""
-
-    checkpoint: Path | None = None
-    """Other weights than the newest of the run."""
+class OutOptions:
+    out: Path | None = None
+    """File to write all of it to, .csv or .json. Left out: a table is printed."""
 
 
 def run(arguments: list[str]) -> int:
-    description = "Classify image files with a trained run: the likeliest classes of each and their probabilities."
-    given = parse(PredictArguments, arguments, prog="predict", description=description)
-    if given.top < 1:
-        raise UserError(f"--top {given.top} must be at least 1")
-    if not given.images:
-        raise UserError("no image given: sparse-mlp predict RUN IMAGE...")
-    files = [file for pattern in given.images for file in _find(pattern)]
-    spec = recipes.load_inputs(given.run)
-    model = recipes.load_model(recipes.load(given.run).model, spec, given.checkpoint or given.run)
-    shown = table("image", *(f"{n}." for n in range(1, min(given.top, len(spec.classes)) + 1)))
-    readable = 0
-    for start in range(0, len(files), _BATCH):
-        found = _read(files[start : start + _BATCH], spec)
-        readable += len(found)
-        if found:
-            for file, shares in zip(found, _classify(model, list(found.values())), strict=True):
-                best = shares.topk(len(shown.columns) - 1)
-                cells = (f"{spec.classes[i]} {share:.1%}" for share, i in zip(*best, strict=True))
-                shown.add_row(str(file), *cells)
-    if readable:
-        console().print(shown)
-    return 0 if readable == len(files) else 2
+    count = next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    names, options = list(arguments[:count]), list(arguments[count:])
+    if asks_help(options) or "-h" in arguments:
+        kind = jobs.Run(Path(names[0])).job.predict_options_type if names else PredictOptions
+        parse(kind, ["--help"], prog="predict", description=f"{_DESCRIPTION}\n\n--out FILE: write .csv or .json.")
+    if len(names) < 2:
+        raise UserError("predict takes a run folder and files: sparse-mlp predict RUN FILE ...")
+    output, rest = parse_known(OutOptions, options, prog="predict")
+    if output.out is not None and output.out.suffix not in _FORMATS:
+        raise UserError(f"--out {output.out} must end in {' or '.join(_FORMATS)}")
+    found = jobs.Run(Path(names[0]))
+    given: Any = parse(found.job.predict_options_type, rest, prog="predict", default=found.job.predict_options_type())
+    rows = found.job.predict(found.folder, names[1:], given)
+    if output.out is None:
+        _show(rows)
+    else:
+        _write(rows, output.out)
+        sys.stderr.write(f"sparse-mlp: {len(rows)} rows: {output.out}\n")
+    return 2 if any("error" in row for row in rows) else 0
 
 
-def _find(pattern: str) -> list[Path]:
-    """The files that an argument stands for; FileNotFoundError if there are none."""
-    path = Path(pattern)
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
-        if not found:
-            raise FileNotFoundError(f"there are no images in {path}")
-        return found
-    if path.is_file():
-        return [path]
-    names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute patterns
-    found = [Path(name) for name in names if Path(name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"there is no image {pattern}")
-    return found
+def _show(rows: Sequence[Row]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    shown = table(*names[:_COLUMNS], *(["..."] if len(names) > _COLUMNS else []))
+    for row in rows:
+        add_row(shown, *(_cell(name, row.get(name)) for name in names[:_COLUMNS]))
+    console().print(shown)
 
 
-def _read(files: list[Path], spec: InputSpec) -> dict[Path, torch.Tensor]:
-    """The images that can be read; a line on standard error for each of the others."""
-    found = {}
-    for file in files:
-        try:
-            found[file] = spec.transform(read_image(file, spec.channels))
-        except BadImageError as error:
-            sys.stderr.write(f"sparse-mlp: error: {error}\n")
-    return found
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}" if name.startswith("probability") else f"{value:.4g}"
+    return "" if value is None else str(value)
 
 
-@torch.no_grad()
-def _classify(model: torch.nn.Module, images: list[torch.Tensor]) -> torch.Tensor:
-    """Probabilities (B, classes)."""
-    return model(torch.stack(images)).float().softmax(1)
+def _write(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".json":
+            json.dump(list(rows), file, indent=1, ensure_ascii=False)
+            return
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)

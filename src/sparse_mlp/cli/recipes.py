@@ -1,38 +1,39 @@
-"""`sparse-mlp recipes`: what can be trained by name."""
+"""`sparse-mlp recipes`: what there is to train, and what a recipe says in full."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from sparse_mlp import recipes
+from sparse_mlp import jobs, recipes
 from sparse_mlp.cli.parse import parse
-from sparse_mlp.cli.showing import console, table
-from sparse_mlp.recipes.pretrain import PRETRAIN_RECIPES
+from sparse_mlp.cli.showing import add_row, console, table
+
+_DESCRIPTION = "List the recipes, or show one in full. The name of any model of timm is a recipe too."
 
 
 @dataclass(frozen=True)
 class RecipesArguments:
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RECIPE]")] = None
-    """Show this recipe in full: its description and every field."""
+    """Name of a recipe. Left out: all."""
 
 
 def run(arguments: list[str]) -> int:
-    given = parse(RecipesArguments, arguments, prog="recipes", description="List the recipes, or show one in full.")
+    given = parse(RecipesArguments, arguments, prog="recipes", description=_DESCRIPTION)
     out = console()
-    known: dict[str, Callable[[], Any]] = {**recipes.RECIPES, **PRETRAIN_RECIPES}
     if given.name is None:
-        shown = table("recipe", "what it trains")
-        for name, function in known.items():
-            shown.add_row(name, (inspect.getdoc(function) or "").splitlines()[0])
+        shown = table("recipe", "kind", "what it is")
+        for name, function in recipes.RECIPES.items():
+            add_row(shown, name, recipes.get(name).kind, (inspect.getdoc(function) or "").splitlines()[0])
         out.print(shown)
+        out.print("and the name of any model (sparse-mlp models --all), for images of your own", markup=False)
         return 0
-    recipe = known[given.name]() if given.name in known else recipes.get(given.name)
-    out.print(inspect.getdoc(known[given.name]), markup=False)
-    out.print_json(json.dumps(recipes.to_json(recipe)))
+    recipe = recipes.get(given.name)
+    if given.name in recipes.RECIPES:
+        out.print(inspect.getdoc(recipes.RECIPES[given.name]), markup=False)
+    out.print_json(json.dumps(jobs.to_json(recipe)))
     return 0

@@ -1,4 +1,4 @@
-"""`sparse-mlp report`: the report of a run, written anew."""
+"""`sparse-mlp report`: the page of a run, or the page that compares several."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from typing import Annotated
 
 import tyro
 
-from sparse_mlp import recipes
-from sparse_mlp.cli import pretrain
+from sparse_mlp import jobs
+from sparse_mlp.cli.compare import show
 from sparse_mlp.cli.parse import parse
-from sparse_mlp.cli.showing import console, write_run_report
-from sparse_mlp.data import AugmentConfig, build_datasets
-from sparse_mlp.recipes.pretrain import is_pretraining, load_pretraining
+from sparse_mlp.cli.showing import console
+from sparse_mlp.errors import UserError
+
+_DESCRIPTION = """Write the report of a run anew, or a page that sets several runs side by side."""
 
 
 @dataclass(frozen=True)
 class ReportArguments:
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Folder of a run, finished or not."""
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
+    """Folders of runs, finished or not."""
+
+    out: Path | None = None
+    """Folder of the page that compares several. Left out: runs/compare."""
 
 
 def run(arguments: list[str]) -> int:
-    description = "Write the report of a run: report.html to open in a browser, and its figures as PNG files."
-    given = parse(ReportArguments, arguments, prog="report", description=description)
-    if is_pretraining(given.run):
-        page = pretrain.write_report(given.run, load_pretraining(given.run))
-    else:
-        recipe = recipes.load(given.run)
-        page = write_run_report(given.run, recipe, build_datasets(recipe.data, AugmentConfig()))
+    given = parse(ReportArguments, arguments, prog="report", description=_DESCRIPTION)
+    if not given.runs:
+        raise UserError("report takes a run folder: sparse-mlp report RUN ...")
+    if len(given.runs) > 1:
+        show([jobs.Run(path) for path in given.runs], given.out or Path("runs/compare"))
+        return 0
+    if given.out is not None:
+        raise UserError(f"--out {given.out} would be ignored: the page of a run is in its folder")
+    page = jobs.Run(given.runs[0]).report()
     console().print(f"report: {page}", markup=False, soft_wrap=True)
     return 0

@@ -12,27 +12,33 @@ from sparse_mlp.errors import UserError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, where they lie and how they are served."""
+    """Which images, where they lie and how they are served.
+
+    Every field is for every set unless it says which. A value that the named set would ignore is an error.
+    """
 
     name: str = "digits"
-    """digits, cifar10, cifar100, cifar100_fifth, folder (any folder of images, one subfolder a class),
-    or any name timm's create_dataset takes: torch/..., hfds/..., hfids/..., tfds/..., wds/..."""
+    """digits, cifar10, cifar100, folder (any folder of images, one subfolder a class),
+    or any name timm's create_dataset takes: torch/..., hfds/..., hfids/..., tfds/..., wds/... Sets that are fetched
+    or can run a program are opened only where a command line names them, not because a run's settings do."""
 
     root: str | None = None
-    """Folder that holds the set. Left out: $SPARSE_MLP_DATA/NAME where that variable is set, else data/NAME."""
+    """Folder that holds the set. Left out: $SPARSE_MLP_DATA/NAME where that variable is set, else data/NAME. Not for
+    digits, which come with scikit-learn."""
 
     image_size: int | None = None
     """Side in pixels of the images the model sees. Left out: the set's own size (folder and timm sets: 224)."""
 
     channels: Literal[1, 3] | None = None
-    """1 reads images as grey, 3 as RGB. Left out: the set's own (folder and timm sets: 3)."""
+    """1 reads images as grey, 3 as RGB (folder and timm sets; elsewhere it must agree with the set). Left out: the
+    set's own (folder and timm sets: 3)."""
 
     batch_size: int = 128
     """Images in one optimiser step, all ranks and accumulation steps together."""
 
     repeats: int = 1
     """Times an image comes in a batch, each time augmented differently: 3 is the repeated augmentation of DeiT's
-    recipe. An epoch stays as long, and so shows one image in so many. Not for streams."""
+    recipe. An epoch stays as long, and so shows one image in so many. Not for streams (hfids/, tfds/, wds/)."""
 
     eval_batch_size: int = 256
     """Images in one evaluation batch, on each rank."""
@@ -42,22 +48,24 @@ class DataConfig:
     memory. The batches do not depend on this number (streams excepted)."""
 
     on_bad_image: Literal["error", "skip"] = "error"
-    """An image of a folder that cannot be read: `error` stops and names it; `skip` names it, takes the next readable
-    image in its place (training) or leaves it out (evaluation), and counts it."""
+    """An image that cannot be read: `error` stops and names it; `skip` names it, takes the next readable image in its
+    place (training) or leaves it out (evaluation), and counts it. For sets read one by one (folder, torch/, hfds/);
+    a stream skips with a warning."""
 
     test_share: float | None = None
-    """Share of each class that becomes the test set, where a folder has no train/ and val/ subfolders of its own.
-    Left out: 0.2."""
+    """Share of each class that becomes the test set, where a folder has no train/ and val/ subfolders of its own; 1
+    tests on all and trains on none. For folders without train/. Left out: 0.2."""
 
     label_share: float | None = None
     """Train on this share of each class's images only, 0.01 or 0.1 for instance (semi-supervised learning). The images
-    are drawn with label_seed, the same whatever the seed of the run. Left out: all."""
+    are drawn with label_seed, the same whatever the seed of the run. Not for timm sets. Left out: all."""
 
     label_seed: int = 0
-    """Which images label_share draws."""
+    """Which images label_share draws. Only with label_share."""
 
     download: bool = False
-    """Fetch the set from its public address where it is not in the folder (cifar10, cifar100 and some timm sets)."""
+    """Fetch the set from its public address where it is not in the folder. For cifar10, cifar100, torch/, hfids/ and
+    tfds/."""
 
     train_split: str = "train"
     """Name of the training split of a timm set."""
@@ -87,10 +95,10 @@ class AugmentConfig:
     """How training images are varied. Everything is drawn from (seed, epoch, image), mixing from (seed, step)."""
 
     pad: int = 0
-    """Shift by up to this many pixels in each direction, black outside (pad-and-crop; sets in memory only)."""
+    """Shift by up to this many of the model's pixels in each direction, black outside (pad and crop)."""
 
     rotate: float = 0.0
-    """Rotate by up to this many degrees to either side (sets in memory only)."""
+    """Rotate by up to this many degrees to either side, black outside."""
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest share of the image's area that a random resized crop keeps."""
@@ -102,7 +110,7 @@ class AugmentConfig:
     """Probability of a left-right flip."""
 
     color_jitter: float = 0.0
-    """Strength of random brightness, contrast and saturation (folder and timm sets only, without auto_augment)."""
+    """Strength, from 0 to 1, of random brightness, contrast and saturation (without auto_augment)."""
 
     auto_augment: str | None = None
     """Policy in timm's notation, for example rand-m9-mstd0.5-inc1 (RandAugment); colour images only."""
@@ -129,17 +137,26 @@ def check_configs(data: DataConfig, augment: AugmentConfig) -> None:
         _between(f"data.{name}", getattr(data, name), least, math.inf)
     for name in ("num_classes", "num_samples"):
         _between(f"data.{name}", getattr(data, name), 1, math.inf)
+    if data.label_seed and data.label_share is None:
+        raise UserError(f"data.label_seed {data.label_seed} would be ignored: data.label_share is not set")
     _between("data.crop_pct", data.crop_pct, 0, 1, open_below=True)
     for value in data.mean or ():
         _between("data.mean", value, 0, 1)
     for value in data.std or ():
         _between("data.std", value, 0, math.inf, open_below=True)
-    for name, most in (("pad", math.inf), ("rotate", 180), ("flip", 1), ("color_jitter", math.inf), ("erase", 1)):
+    for name, most in (("pad", math.inf), ("rotate", 180), ("flip", 1), ("color_jitter", 1), ("erase", 1)):
         _between(f"augment.{name}", getattr(augment, name), 0, most)
     for name, most in (("mixup", math.inf), ("cutmix", math.inf), ("mix_probability", 1), ("cutmix_share", 1)):
         _between(f"augment.{name}", getattr(augment, name), 0, most)
     _rising("augment.crop_scale", augment.crop_scale, 1)
     _rising("augment.crop_ratio", augment.crop_ratio, math.inf)
+    _between("augment.crop_scale", augment.crop_scale[0], 0.01, 1)
+    for value in augment.crop_ratio:
+        _between("augment.crop_ratio", value, 0.1, 10)
+    if augment.pad and (augment.crop_scale, augment.crop_ratio) != ((1.0, 1.0), (1.0, 1.0)):
+        raise UserError("augment.pad and augment.crop_scale (or crop_ratio) both crop; set one of them")
+    if augment.color_jitter and augment.auto_augment:
+        raise UserError("augment.color_jitter is not used together with augment.auto_augment; set one of them")
 
 
 def _between(name: str, value: float | None, least: float, most: float, *, open_below: bool = False) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+import operator
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from sparse_mlp.data.augment import DRAWS, BatchAugment, normalize, resize
+from sparse_mlp.data.decode import MODES, image_from
+from sparse_mlp.data.files import listed_name
 from sparse_mlp.data.randomness import epoch_draws, epoch_seeds, preserved_generators, seed_generators
+from sparse_mlp.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +31,10 @@ class ImageSet(Protocol):
 
     def batch(self, indices: Sequence[int] | np.ndarray, epoch: tuple[int, int] | None = None) -> Batch:
         """The images at `indices`: augmented as (seed, epoch) says, or as they are evaluated where it is None."""
+        ...
+
+    def file_name(self, index: int) -> str | None:
+        """The file that an image was read from, relative to the folder of the set; None for one that has no file."""
         ...
 
 
@@ -51,9 +57,17 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def file_name(self, index: int) -> None:
+        """As ImageSet.file_name: images in memory have no files."""
+
     def subset(self, indices: np.ndarray) -> ArrayImages:
         """Only the images at `indices`, numbered anew."""
         images, labels = self.images.numpy()[indices], self.labels.numpy()[indices]
+        return ArrayImages(images, labels, self.image_size, self.mean, self.std, self.augment)
+
+    def relabelled(self, label_map: Sequence[int]) -> ArrayImages:
+        """The same images, label i become label_map[i]."""
+        images, labels = self.images.numpy(), np.asarray(label_map)[self.labels.numpy()]
         return ArrayImages(images, labels, self.image_size, self.mean, self.std, self.augment)
 
     def batch(self, indices: Sequence[int] | np.ndarray, epoch: tuple[int, int] | None = None) -> Batch:
@@ -67,25 +81,6 @@ class ArrayImages:
         return {"image": pixels, "target": self.labels[index], "index": index}
 
 
-MODES = {1: "L", 3: "RGB"}
-"""Pillow's name for images of so many channels."""
-
-
-class BadImageError(OSError):
-    """An image file that cannot be read; the message names it."""
-
-
-def read_image(path: Path, channels: int) -> Image.Image:
-    """Decode an image file as grey (1) or RGB (3). Raises BadImageError naming the file."""
-    try:
-        with Image.open(path) as image:
-            return image.convert(MODES[channels])
-    # Pillow's decoders raise whatever the damage leads to: OSError, SyntaxError, ValueError, struct.error, EOFError...
-    except Exception as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0]
-        raise BadImageError(f"cannot read image {path}: {reason}") from error
-
-
 class FileImages:
     """Images read one by one from a source of (image, label) pairs, each augmented under its own seed."""
 
@@ -96,23 +91,47 @@ class FileImages:
         eval_transform: Callable[[Image.Image], Tensor],
         channels: int,
         skip_bad: bool = False,
+        *,
+        label_map: Sequence[int] | None = None,
     ) -> None:
-        """`source[i]` is (PIL image, label) and may raise OSError, which `skip_bad` steps over."""
+        """`source[i]` is (image, label) and may raise OSError, which `skip_bad` steps over.
+
+        The image is a PIL image, a uint8 tensor (C, H, W) or a uint8 array (H, W, C). A source may have `labels`,
+        `file_name(index)` and `subset(indices)`.
+
+        `label_map` gives every label of the source another number; a label beyond it is an error.
+        """
         self.mode = MODES[channels]
         self.source, self.train_transform, self.eval_transform = source, train_transform, eval_transform
-        self.skip_bad = skip_bad
+        self.skip_bad, self.label_map = skip_bad, label_map
         # In shared memory, so that worker processes report here which images they could not read.
-        self._bad = torch.zeros(len(source), dtype=torch.bool).share_memory_() if skip_bad else None
+        self._bad = torch.zeros(max(1, len(source)), dtype=torch.bool).share_memory_() if skip_bad else None
 
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def channels(self) -> int:
+        return next(number for number, mode in MODES.items() if mode == self.mode)
+
+    def file_name(self, index: int) -> str | None:
+        """As ImageSet.file_name."""
+        named = getattr(self.source, "file_name", None)
+        return listed_name(self.source, index) if named is None else named(index)
+
     def subset(self, indices: np.ndarray) -> FileImages:
-        """Only the images at `indices`, numbered anew; for a source that lists its `samples`."""
-        source = copy.copy(self.source)
-        source.samples = [self.source.samples[i] for i in indices]
-        channels = next(number for number, mode in MODES.items() if mode == self.mode)
-        return FileImages(source, self.train_transform, self.eval_transform, channels, self.skip_bad)
+        """Only the images at `indices`, numbered anew."""
+        source = self.source.subset([int(i) for i in indices])
+        return self._like(source, self.label_map)
+
+    def relabelled(self, label_map: Sequence[int]) -> FileImages:
+        """The same images, label i become label_map[i]."""
+        own = range(len(label_map)) if self.label_map is None else self.label_map
+        return self._like(self.source, [label_map[i] for i in own])
+
+    def _like(self, source: Any, label_map: Sequence[int] | None) -> FileImages:
+        transforms = self.train_transform, self.eval_transform
+        return FileImages(source, *transforms, self.channels, self.skip_bad, label_map=label_map)
 
     @property
     def bad_images(self) -> list[int]:
@@ -144,8 +163,11 @@ class FileImages:
     def _read(
         self, index: int, transform: Callable[[Image.Image], Tensor], seeds: np.ndarray | None
     ) -> tuple[Tensor, int, int] | None:
+        if seeds is not None:  # before the source is read: it may vary its images too
+            seed_generators(int(seeds[index]))
         try:
             image, label = self.source[index]
+            image = image_from(image, self.channels, f"image {index}")
         except OSError as error:
             if self._bad is None:
                 raise
@@ -153,6 +175,18 @@ class FileImages:
                 _log.warning("skipped: %s", error)
             self._bad[index] = True
             return None
-        if seeds is not None:
-            seed_generators(int(seeds[index]))
-        return transform(image if image.mode == self.mode else image.convert(self.mode)), int(label), index
+        return transform(image), self._label(label, index), index
+
+    def _label(self, label: Any, index: int) -> int:
+        try:
+            number = operator.index(label)
+        except TypeError as error:
+            raise UserError(
+                f"the label of image {self.file_name(index) or index} is {label!r}, not an integer"
+            ) from error
+        if self.label_map is None:
+            return number
+        if not 0 <= number < len(self.label_map):
+            shown, last = self.file_name(index) or index, len(self.label_map) - 1
+            raise UserError(f"the label of image {shown} is {number}; the classes of the set are 0 to {last}")
+        return self.label_map[number]

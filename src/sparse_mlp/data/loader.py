@@ -32,9 +32,7 @@ def steps_per_epoch(data: ImageData, config: DataConfig) -> int:
     if images == 0:
         raise UserError(f"{config.name} does not tell how many images it has; give --data.num-samples")
     if images < config.batch_size:
-        raise UserError(
-            f"data.batch_size {config.batch_size} is more than the {images} training images of {config.name}"
-        )
+        raise UserError(f"data.batch_size {config.batch_size} is more than the {images} training images")
     return images // config.batch_size
 
 
@@ -68,7 +66,7 @@ def train_loader(
     if isinstance(data.train, IterableDataset):
         if config.repeats > 1:
             raise UserError(f"data.repeats {config.repeats} would be ignored: {config.name} is a stream")
-        return _StreamSteps(data.train, data.mixer, config, local, seed, range(start_step, stop), per_epoch)
+        return _StreamSteps(data, config, local, seed, range(start_step, stop), per_epoch)
     batches = _TrainSteps(data.train, data.mixer, seed, config, per_epoch, rank, world_size)
     return Batches(batches, range(start_step, stop), config.workers)
 
@@ -77,7 +75,7 @@ def eval_loader(data: ImageData, config: DataConfig, rank: int = 0, world_size: 
     """The test images, every one on exactly one rank, in order; the last batch may be smaller."""
     if isinstance(data.test, IterableDataset):
         _tell_workers(data.test, config.workers)
-        return _StreamEval(data.test, config)
+        return _StreamEval(data, config)
     own = np.arange(rank, len(data.test), world_size)
     parts = [own[i : i + config.eval_batch_size] for i in range(0, len(own), config.eval_batch_size)]
     return Batches(_EvalSteps(data.test, parts), range(len(parts)), config.workers)
@@ -167,16 +165,10 @@ class _StreamSteps:
     """Training batches of a stream: epoch by epoch, `per_epoch` batches of each at most."""
 
     def __init__(
-        self,
-        dataset: Any,
-        mixer: BatchMixer | None,
-        config: DataConfig,
-        local: int,
-        seed: int,
-        steps: range,
-        per_epoch: int,
+        self, data: ImageData, config: DataConfig, local: int, seed: int, steps: range, per_epoch: int
     ) -> None:
-        self.dataset, self.mixer, self.config, self.local = dataset, mixer, config, local
+        self.dataset: Any = data.train
+        self.mixer, self.classes, self.config, self.local = data.mixer, len(data.classes), config, local
         self.seed, self.steps, self.per_epoch = seed, steps, per_epoch
 
     def __len__(self) -> int:
@@ -208,17 +200,18 @@ class _StreamSteps:
                 batch = next(loader, None)
             if batch is None:
                 return
-            yield _stream_batch(batch)
+            yield _stream_batch(batch, self.config.name, self.classes)
 
 
 class _StreamEval:
     """Evaluation batches of a stream, which shards itself over the ranks."""
 
-    def __init__(self, dataset: Any, config: DataConfig) -> None:
-        self.loader = _stream_loader(dataset, config.eval_batch_size, config.workers, 0, drop_last=False)
+    def __init__(self, data: ImageData, config: DataConfig) -> None:
+        self.loader = _stream_loader(data.test, config.eval_batch_size, config.workers, 0, drop_last=False)
+        self.name, self.classes = config.name, len(data.classes)
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(_stream_batch, self.loader)
+        return (_stream_batch(batch, self.name, self.classes) for batch in self.loader)
 
 
 def _stream_loader(dataset: Any, batch_size: int, workers: int, seed: int, drop_last: bool) -> DataLoader:
@@ -246,8 +239,11 @@ def _unread(dataset: Any, epoch: int) -> Any:
     return dataset
 
 
-def _stream_batch(batch: Any) -> Batch:
+def _stream_batch(batch: Any, name: str, classes: int) -> Batch:
     image, target = batch
+    if target.min() < 0 or target.max() >= classes:
+        wrong = target[(target < 0) | (target >= classes)][0].item()
+        raise UserError(f"{name} holds the label {wrong}, and data.num_classes {classes} allows 0 to {classes - 1}")
     # A stream has no positions to name its images by.
     return {"image": image, "target": target.long(), "index": torch.full((len(target),), -1)}
 

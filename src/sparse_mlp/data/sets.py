@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import IterableDataset
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from sparse_mlp.data.augment import BatchAugment, train_transform
-from sparse_mlp.data.cifar import Split, read_cifar10, read_cifar100, read_cifar100_fifth
+from sparse_mlp.data.cifar import Split, read_cifar
+from sparse_mlp.data.classes import match_classes
 from sparse_mlp.data.config import AugmentConfig, DataConfig, check_configs
+from sparse_mlp.data.decode import BadImageError, display_name
 from sparse_mlp.data.folder import FolderSource, read_folder
-from sparse_mlp.data.images import MODES, ArrayImages, FileImages
+from sparse_mlp.data.images import ArrayImages, FileImages
 from sparse_mlp.data.mix import BatchMixer, batch_mixer
 from sparse_mlp.data.spec import InputSpec
+from sparse_mlp.data.timm_sets import TIMM_PREFIXES, open_timm
+from sparse_mlp.data.trust import check_trusted
 from sparse_mlp.errors import UserError
-
-TIMM_PREFIXES = {
-    "torch/": "torchvision",
-    "hfds/": "datasets",
-    "hfids/": "datasets",
-    "tfds/": "tensorflow_datasets",
-    "wds/": "webdataset",
-}
-"""How timm's names begin, and the package that each kind needs."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +39,38 @@ class ImageData:
     mixer: BatchMixer | None
     """Mixes every training batch, where mixup or cutmix is on."""
 
+    notes: list[str] = field(default_factory=list)
+    """What was left out or is missing, a line each, for the caller to print."""
+
+    names: Mapping[str, list[str]] = field(default_factory=dict)
+    """What `split` gives."""
+
     @property
     def classes(self) -> list[str]:
         """Names, in the order of the labels."""
         return list(self.spec.classes)
 
+    def split(self) -> dict[str, list[str]]:
+        """Names of the training and of the test images, relative to the folder, for a folder that was divided here.
+
+        Stored with a run and given back to `build_datasets`, it keeps the images that were trained on out of the test.
+        Empty for every other set: those say themselves what is to be trained on.
+        """
+        return dict(self.names)
+
     def bad_images(self) -> list[str]:
         """Files that could not be read so far and were skipped."""
         found = []
         for images in (self.train, self.test):
-            if isinstance(images, FileImages) and isinstance(images.source, FolderSource):
-                found += [images.source.samples[index][0] for index in images.bad_images]
+            if isinstance(images, FileImages):
+                found += [_path(images, index) for index in images.bad_images]
         return found
+
+
+def _path(images: FileImages, index: int) -> str:
+    if isinstance(images.source, FolderSource):
+        return display_name(images.source.samples[index][0])
+    return images.file_name(index) or f"image {index}"
 
 
 def read_digits(root: Path, download: bool) -> tuple[Split, Split, list[str]]:
@@ -74,14 +90,12 @@ class _ArraySet:
     mean: tuple[float, ...]
     """Of the training images, in 0..1."""
     std: tuple[float, ...]
-    folder: str
 
 
 _ARRAY_SETS = {
-    "digits": _ArraySet(read_digits, (0.305,), (0.376,), "digits"),
-    "cifar10": _ArraySet(read_cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "cifar10"),
-    "cifar100": _ArraySet(read_cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar100"),
-    "cifar100_fifth": _ArraySet(read_cifar100_fifth, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar100"),
+    "digits": _ArraySet(read_digits, (0.305,), (0.376,)),
+    "cifar10": _ArraySet(partial(read_cifar, CIFAR10), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _ArraySet(partial(read_cifar, CIFAR100), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 SETS = (*_ARRAY_SETS, "folder")
 """Names of the sets of our own; timm's have a prefix."""
@@ -89,41 +103,76 @@ SETS = (*_ARRAY_SETS, "folder")
 
 def default_root(name: str) -> Path:
     """Where a set is looked for when `DataConfig.root` does not say: $SPARSE_MLP_DATA, else data/, by name."""
-    folder = _ARRAY_SETS[name].folder if name in _ARRAY_SETS else name.replace("/", "_")
-    return Path(os.environ.get("SPARSE_MLP_DATA") or "data") / folder
+    return Path(os.environ.get("SPARSE_MLP_DATA") or "data") / name.replace("/", "_")
 
 
-def build_datasets(data: DataConfig, augment: AugmentConfig) -> ImageData:
+def build_datasets(
+    data: DataConfig,
+    augment: AugmentConfig,
+    *,
+    split: Mapping[str, Sequence[str]] | None = None,
+    classes: Sequence[str] | None = None,
+    trusted: bool = False,
+) -> ImageData:
     """Open the set that `data` names, to be augmented as `augment` says.
 
-    Raises ValueError or FileNotFoundError in one line: an unknown name, files that are not there, options that the set
-    does not know, or another number of classes than `data.num_classes`.
+    `split` is what `ImageData.split` gave when the run began: these images are trained on and tested on, whatever was
+    added to the folder since. `classes` are those of a trained model: the set's classes are matched with them by name.
+    `trusted` says that a person named this very set: only then is anything fetched, or opened that can run a program.
+
+    Raises UserError or FileNotFoundError in one line: an unknown name, files that are not there, options that the set
+    does not know, or classes that differ.
     """
     check_configs(data, augment)
     _check_used(data)
+    if not trusted:
+        check_trusted(data)
+        data = replace(data, download=False)
     root = Path(data.root) if data.root else default_root(data.name)
+    if split and data.name != "folder":
+        raise UserError(f"a stored split is for a folder of images; {data.name} has its own")
     if data.name in _ARRAY_SETS:
         built = _build_arrays(data, augment, root)
     elif data.name == "folder":
         if data.root is None:
             raise UserError("a folder set needs --data.root FOLDER")
-        train, test, classes = read_folder(root, data.channels or 3, data.test_share)
-        built = _build_files(data, augment, train, test, classes)
+        found = read_folder(root, data.channels or 3, data.test_share, split)
+        built = build_files(data, augment, found.train, found.test, found.classes)
+        built = replace(built, notes=found.notes, names=found.split)
     elif data.name.lower().startswith(tuple(TIMM_PREFIXES)):
-        built = _build_timm(data, augment, root)
+        built = build_files(data, augment, *open_timm(data, root))
     else:
         near = difflib.get_close_matches(data.name, SETS, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(
             f"unknown data set {data.name!r}{hint} (known: {', '.join(SETS)}, and timm's {' '.join(TIMM_PREFIXES)})"
         )
+    return finish_data(built, data, augment, classes)
+
+
+def finish_data(built: ImageData, data: DataConfig, augment: AugmentConfig, classes: Sequence[str] | None) -> ImageData:
+    """What applies to any set: the number of classes, the share of the labels, the classes of a trained model."""
     if data.num_classes is not None and data.num_classes != len(built.spec.classes):
         raise UserError(
             f"data.num_classes is {data.num_classes}, but {data.name} has {len(built.spec.classes)} classes"
         )
-    if data.label_share is None:
-        return built
-    return replace(built, train=_labelled_share(built.train, data, built.classes))
+    if data.label_share is not None:
+        built = replace(built, train=_labelled_share(built.train, data, built.classes))
+    return built if classes is None or list(classes) == built.classes else _with_classes(built, augment, classes)
+
+
+def _with_classes(built: ImageData, augment: AugmentConfig, classes: Sequence[str]) -> ImageData:
+    """The same sets with labels that count among `classes`."""
+    label_map = match_classes(classes, built.classes)
+    if isinstance(built.train, IterableDataset) or isinstance(built.test, IterableDataset):
+        raise UserError("the classes of a stream have to be those of the trained model, in the same order")
+    return replace(
+        built,
+        train=built.train.relabelled(label_map),
+        test=built.test.relabelled(label_map),
+        spec=replace(built.spec, classes=tuple(classes)),
+        mixer=batch_mixer(augment, len(classes)),
+    )
 
 
 def _labelled_share(train: Any, data: DataConfig, classes: Sequence[str]) -> ArrayImages | FileImages:
@@ -131,7 +180,7 @@ def _labelled_share(train: Any, data: DataConfig, classes: Sequence[str]) -> Arr
     assert data.label_share is not None
     if not 0 < data.label_share <= 1:
         raise UserError(f"data.label_share {data.label_share} is not in (0, 1]")
-    labels = train.labels.numpy() if isinstance(train, ArrayImages) else np.array([n for _, n in train.source.samples])
+    labels = train.labels.numpy() if isinstance(train, ArrayImages) else np.array(train.source.labels)
     generator = np.random.default_rng(data.label_seed)
     chosen = []
     for number, name in enumerate(classes):
@@ -149,14 +198,13 @@ def _check_used(data: DataConfig) -> None:
     """ValueError for an option that the named set would ignore."""
     kind = data.name.lower().split("/")[0] + "/" if "/" in data.name else data.name
     timm_kinds = tuple(TIMM_PREFIXES)
-    if data.label_seed and data.label_share is None:
-        raise UserError(f"data.label_seed {data.label_seed} would be ignored: data.label_share is not set")
     users = {
-        "on_bad_image": ("folder", "torch/"),
+        "root": (*(name for name in SETS if name != "digits"), *timm_kinds),
+        "on_bad_image": ("folder", "torch/", "hfds/"),
         "test_share": ("folder",),
         "label_share": SETS,
         "repeats": (*SETS, "torch/", "hfds/"),
-        "download": ("cifar10", "cifar100", *timm_kinds),
+        "download": ("cifar10", "cifar100", "torch/", "hfids/", "tfds/"),
         "train_split": timm_kinds,
         "test_split": timm_kinds,
         "num_samples": ("hfids/", "tfds/", "wds/"),
@@ -173,7 +221,7 @@ def _build_arrays(data: DataConfig, augment: AugmentConfig, root: Path) -> Image
     channels = len(known.mean)
     if data.channels not in (None, channels):
         raise UserError(f"data.channels is {data.channels}, but the images of {data.name} have {channels}")
-    (train, train_labels), (test, test_labels), classes = known.read(root, data.download)
+    (train, train_labels), (test, test_labels), classes = _read_arrays(data, known, root)
     size = data.image_size or train.shape[-1]
     mean, std = _normalization(data, known.mean, known.std)
     varied = BatchAugment(augment, size, mean, std)
@@ -185,21 +233,44 @@ def _build_arrays(data: DataConfig, augment: AugmentConfig, root: Path) -> Image
     )
 
 
-def _build_files(data: DataConfig, augment: AugmentConfig, train: Any, test: Any, classes: Sequence[str]) -> ImageData:
+def _read_arrays(data: DataConfig, known: _ArraySet, root: Path) -> tuple[Split, Split, list[str]]:
+    """Images and labels that fit together, or one line."""
+    try:
+        train, test, classes = known.read(root, data.download)
+    except (UserError, FileNotFoundError):
+        raise
+    # Readers raise whatever the damage leads to: BadZipFile, zlib.error, UnpicklingError, KeyError, ValueError...
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadImageError(f"the files of {data.name} in {display_name(root)} are damaged: {reason}") from error
+    for part, (images, labels) in (("training", train), ("test", test)):
+        if labels.shape != (len(images),):
+            raise BadImageError(
+                f"{display_name(root)} has {len(images):,} {part} images of {data.name} and {labels.size:,} labels"
+            )
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0 or labels.max() >= len(classes):
+            raise BadImageError(
+                f"{display_name(root)} has {part} labels of {data.name} that are not integers in 0..{len(classes) - 1}"
+            )
+    return train, test, classes
+
+
+def build_files(data: DataConfig, augment: AugmentConfig, train: Any, test: Any, classes: Sequence[str]) -> ImageData:
     """Sets read one by one; a stream is given its transform, any other source is wrapped in FileImages."""
     size = data.image_size or 224
     usual: Any = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     if data.channels == 1:
         usual = [(float(np.mean(values)),) for values in usual]
     mean, std = _normalization(data, *usual)
-    training = train_transform(data, augment, size, mean, std)
+    training = train_transform(augment, size, mean, std)
     spec = InputSpec(tuple(classes), len(mean), size, mean, std, data.crop_pct or 0.875)
     evaluation = spec.transform
     if isinstance(train, IterableDataset):
         train.transform, test.transform = training, evaluation  # type: ignore[attr-defined]
     else:
-        train = FileImages(train, training, evaluation, len(mean), data.on_bad_image == "skip")
-        test = FileImages(test, None, evaluation, len(mean), data.on_bad_image == "skip")
+        settings: Any = {"skip_bad": data.on_bad_image == "skip", "label_map": range(len(classes))}
+        train = FileImages(train, training, evaluation, len(mean), **settings)
+        test = FileImages(test, None, evaluation, len(mean), **settings)
     return ImageData(train, test, spec, batch_mixer(augment, len(classes)))
 
 
@@ -211,44 +282,3 @@ def _normalization(
         if value is not None and len(value) != len(mean):
             raise UserError(f"data.{option} {value} must have one number for each of the {len(mean)} channels")
     return data.mean or mean, data.std or std
-
-
-def _build_timm(data: DataConfig, augment: AugmentConfig, root: Path) -> ImageData:
-    splits = []
-    prefix = data.name.lower().split("/")[0] + "/"
-    torchvision, streamed = prefix == "torch/", prefix not in ("torch/", "hfds/")
-    if importlib.util.find_spec(TIMM_PREFIXES[prefix]) is None:
-        package = TIMM_PREFIXES[prefix]
-        raise UserError(f"data.name {data.name!r} needs the package {package}: pip install {package}")
-    for split, training in ((data.train_split, True), (data.test_split, False)):
-        try:
-            splits.append(
-                create_dataset(
-                    data.name,
-                    root=str(root) if data.root or torchvision else None,
-                    split=split,
-                    is_training=training,
-                    download=data.download,
-                    batch_size=data.batch_size if training else data.eval_batch_size,
-                    num_samples=data.num_samples if training and streamed else None,
-                    input_img_mode=MODES[data.channels or 3],
-                )
-            )
-        except (ImportError, AssertionError, RuntimeError, TypeError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"timm cannot open {data.name!r}, split {split!r}: {reason}") from error
-    train, test = splits
-    return _build_files(data, augment, train, test, _class_names(train, data))
-
-
-def _class_names(dataset: Any, data: DataConfig) -> list[str]:
-    """Class names as far as the set tells them, else their numbers."""
-    reader = getattr(dataset, "reader", None)
-    names = getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None)
-    if not names and hasattr(getattr(reader, "dataset", None), "features"):
-        names = getattr(reader.dataset.features.get(getattr(reader, "label_key", "label")), "names", None)  # type: ignore[union-attr]
-    if names:
-        return [name[0] if isinstance(name, tuple) else str(name) for name in names]  # ImageNet: tuples of synonyms
-    if data.num_classes is None:
-        raise UserError(f"{data.name} does not tell its classes; give --data.num-classes")
-    return [str(number) for number in range(data.num_classes)]

@@ -1,9 +1,9 @@
-"""Several processes as one: torchrun's group, data parallelism, sums over ranks."""
+"""Process group, data parallelism and reductions over ranks; everything that imports torch.distributed."""
 
 from sparse_mlp.distributed.balance import sync_balance
 from sparse_mlp.distributed.batch_norm import sync_batch_norm
 from sparse_mlp.distributed.group import (
-    Vote,
+    AsyncMax,
     all_gather,
     broadcast,
     gather,
@@ -18,7 +18,7 @@ from sparse_mlp.distributed.group import (
 )
 
 __all__ = [
-    "Vote",
+    "AsyncMax",
     "all_gather",
     "broadcast",
     "gather",

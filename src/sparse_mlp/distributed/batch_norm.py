@@ -1,7 +1,7 @@
-"""Batch norm over the global batch, on any device and in any layer that calls torch's function for it.
+"""Batch norm over the global batch, on any device and in any layer that calls `F.batch_norm`.
 
-torch's SyncBatchNorm works on GPUs only, and replaces modules: layers that are batch norms and something more (timm's
-with an activation, Hire-MLP's over the last dimension) it does not know or undoes.
+torch's SyncBatchNorm works on GPUs only. It also replaces modules, which breaks subclasses of BatchNorm that do more:
+timm's with an activation, Hire-MLP's over the last dimension.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sparse_mlp.distributed.group import world_size
 
 
 def sync_batch_norm(model: nn.Module) -> int:
-    """Let every batch norm of `model` take its training statistics over all ranks; returns how many there are.
+    """Compute the training statistics of every batch norm of `model` over all ranks; returns how many there are.
 
-    Nothing changes in the modules' types, names and weights, nor where one process is alone.
+    Types, names and weights of the modules stay as they are; in a single process so do the outputs.
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for layer in layers:
@@ -39,7 +39,7 @@ def _forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class _OverRanks(TorchFunctionMode):
-    """In its block `F.batch_norm` is `batch_norm_over_ranks`."""
+    """Replaces `F.batch_norm` by `batch_norm_over_ranks` inside its block."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         function = batch_norm_over_ranks if func is F.batch_norm else func
@@ -56,20 +56,20 @@ def batch_norm_over_ranks(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm` in training, of an input (B, C, ...) whose batch the ranks share; collective in both directions.
+    """`F.batch_norm` in training, with the statistics of all ranks' inputs (B, C, ...); collective in both directions.
 
-    In float32. The variance is that of the deviations from the common mean: two sums over the ranks, not one, and no
-    cancellation.
+    Computed in float32. The variance is summed in a second reduction, from deviations from the common mean: the
+    difference of mean square and squared mean would cancel.
     """
     assert training, "statistics are only taken in training"
     x = input.float()
-    over = [0, *range(2, x.ndim)]
+    reduced = [0, *range(2, x.ndim)]
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    items = torch.full((1,), x.numel() // x.shape[1], dtype=x.dtype, device=x.device)
-    total, count = sum_over_ranks(torch.cat((x.sum(over), items))).split((x.shape[1], 1))
+    count = torch.full((1,), x.numel() // x.shape[1], dtype=x.dtype, device=x.device)
+    total, count = sum_over_ranks(torch.cat((x.sum(reduced), count))).split((x.shape[1], 1))
     mean = total / count
     x = x - mean.view(shape)
-    var = sum_over_ranks(x.square().sum(over)) / count
+    var = sum_over_ranks(x.square().sum(reduced)) / count
     with torch.no_grad():
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)

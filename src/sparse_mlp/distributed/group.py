@@ -1,7 +1,6 @@
-"""The processes that train together: one alone, or those that torchrun started.
+"""The process group of a run: a single process, or the processes that torchrun started.
 
-Every function also works in a single process, where it is (almost) nothing. All ranks have to call a collective
-function, in the same order.
+Every function also works in a single process. All ranks must call a collective function, in the same order.
 """
 
 from __future__ import annotations
@@ -20,46 +19,54 @@ from sparse_mlp.errors import UserError
 
 T = TypeVar("T")
 
+_DEVICES = "auto, cpu, cuda, cuda:0, cuda:1, ..."
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def rank() -> int:
-    """Number of this process, 0 when alone."""
+    """Rank of this process; 0 in a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes in the group; 1 in a single process."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and shows progress."""
+    """Whether this process is rank 0, which writes files and shows progress."""
     return rank() == 0
 
 
 def resolve_device(name: str, index: int = 0) -> torch.device:
-    """Device for "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". ValueError if it is not there."""
+    """The device for "auto" (a GPU where there is one), "cpu", "cuda" (GPU `index`) or "cuda:N".
+
+    UserError for any other name, for a device torch knows but this package does not train on, and for a missing GPU.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device {name!r}; allowed are auto, cpu, cuda, cuda:0, cuda:1, ...") from None
-    if device.type == "cuda":
-        found = torch.cuda.device_count()
-        number = index if device.index is None else device.index
-        if number >= found:
-            raise UserError(f"device {name!r} was asked for, but torch finds {found} GPUs here")
-        return torch.device("cuda", number)
-    return device
+        raise UserError(f"unknown device {name!r}; allowed are {_DEVICES}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not supported for training; allowed are {_DEVICES}")
+    if device.type == "cpu":
+        if device.index:
+            raise UserError(f"device {name!r} does not exist: torch has one CPU device, cpu")
+        return torch.device("cpu")
+    found = torch.cuda.device_count()
+    number = index if device.index is None else device.index
+    if number >= found:
+        raise UserError(f"device {name!r} does not exist: torch finds {found} GPUs")
+    return torch.device("cuda", number)
 
 
 @contextmanager
 def join(device: str = "auto") -> Iterator[torch.device]:
-    """Join the processes torchrun started, for the time of the block; yields the device this process works on.
+    """Process group of the processes torchrun started, for the duration of the block; yields this process's device.
 
-    Without torchrun this process stays alone. Raises ValueError if torchrun's environment is incomplete.
+    Without torchrun no group is created. Raises UserError if torchrun's environment is incomplete.
     """
     missing = [name for name in _TORCHRUN_VARIABLES if name not in os.environ]
     size = os.environ.get("WORLD_SIZE", "1")
@@ -73,7 +80,7 @@ def join(device: str = "auto") -> Iterator[torch.device]:
     target = resolve_device(device, index=int(os.environ["LOCAL_RANK"]))
     if target.type == "cuda":
         torch.cuda.set_device(target)
-    # gloo carries what is on the CPU (objects, votes) also where nccl carries the gradients.
+    # Objects and flags are on the CPU and need gloo; gradients on GPUs need nccl.
     dist.init_process_group("cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo")
     try:
         yield target
@@ -82,7 +89,7 @@ def join(device: str = "auto") -> Iterator[torch.device]:
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module in DistributedDataParallel if there are several processes, else itself."""
+    """The module in DistributedDataParallel if there are several processes, else the module itself."""
     if world_size() == 1:
         return module
     ids = [device] if device.type == "cuda" else None
@@ -90,7 +97,7 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def mean(values: Tensor) -> Tensor:
-    """Mean over the ranks, elementwise, on every rank."""
+    """Elementwise mean over the ranks, on every rank; collective."""
     if world_size() > 1:
         dist.all_reduce(values)
         values = values / world_size()
@@ -98,71 +105,74 @@ def mean(values: Tensor) -> Tensor:
 
 
 def all_gather(local: Tensor) -> Tensor:
-    """The ranks' tensors (of one shape), joined along the first dimension in rank order; no gradient goes through."""
+    """The ranks' tensors (all of one shape), concatenated in rank order along the first dimension; without gradient."""
     if world_size() == 1:
         return local.detach()
-    parts = [torch.empty_like(local) for _ in range(world_size())]
-    dist.all_gather(parts, local.detach().contiguous())
-    return torch.cat(parts)
+    gathered = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(gathered, local.detach().contiguous())
+    return torch.cat(gathered)
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's value (anything that pickles) on every rank."""
+    """Rank 0's value (any object that pickles) on every rank; collective."""
     if world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    objects = [value]
+    dist.broadcast_object_list(objects, src=0)
+    return objects[0]
 
 
 def gather(value: T) -> list[T] | None:
-    """Every rank's value in rank order on rank 0, None elsewhere."""
+    """Every rank's value in rank order on rank 0, None on the others; collective."""
     if world_size() == 1:
         return [value]
-    box: list[Any] | None = [None] * world_size() if is_main() else None
-    dist.gather_object(value, box, dst=0)
-    return box
+    objects: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, objects, dst=0)
+    return objects
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 only; its value, or the exception it raised, on every rank."""
+    """Call `function` on rank 0 only; every rank returns its value or raises its exception; collective."""
     if world_size() == 1:
         return function()
     result: tuple[T | None, Exception | None] = (None, None)
     if is_main():
         try:
             result = (function(), None)
-        except Exception as error:  # handed to the other ranks, who would wait for ever otherwise
+        except Exception as error:  # raised on all ranks: the others would wait forever
             result = (None, error)
-    value, failure = broadcast(result)
-    if failure is not None:
-        raise failure
+    value, raised = broadcast(result)
+    if raised is not None:
+        raise raised
     return value  # type: ignore[return-value]
 
 
-class Vote:
-    """Agreement on a number over the ranks without waiting: the verdict on what was cast at one call comes at the next.
+class AsyncMax:
+    """Maximum over the ranks of a number, without waiting: a call returns the result of the call before it.
 
-    Signals reach the processes at different steps; all have to stop after the same one.
+    For signals, which reach the processes during different steps while all ranks have to stop after the same one.
     """
 
     def __init__(self) -> None:
-        self._ballot = torch.zeros((), dtype=torch.int32)
+        self._value = torch.zeros((), dtype=torch.int32)
         self._work: dist.Work | None = None
 
-    def cast(self, value: int) -> int:
-        """Largest number any rank cast at the last call (a single process: at this call)."""
+    def reduce(self, value: int) -> int:
+        """Maximum over the ranks of the previous call's values, 0 at the first call; collective.
+
+        In a single process the value of this call.
+        """
         if world_size() == 1:
             return value
-        verdict = self.close()
-        self._ballot.fill_(value)
-        self._work = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, async_op=True)
-        return verdict
+        maximum = self.wait()
+        self._value.fill_(value)
+        self._work = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, async_op=True)
+        return maximum
 
-    def close(self) -> int:
-        """Wait for the vote under way, if any, and return its verdict."""
+    def wait(self) -> int:
+        """Finish the reduction in progress and return its maximum; 0 if there is none."""
         if self._work is None:
             return 0
         self._work.wait()
         self._work = None
-        return int(self._ballot)
+        return int(self._value)

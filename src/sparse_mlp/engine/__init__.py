@@ -1,8 +1,9 @@
-"""The training engine: how something is learned, whatever it is."""
+"""The training engine: the loop, schedules, checkpoints and metrics of any task."""
 
 from sparse_mlp.engine.checkpoint import last_checkpoint, list_checkpoints
 from sparse_mlp.engine.config import FREE_ON_RESUME, OptimConfig, ScheduleConfig, TrainConfig, check_configs
 from sparse_mlp.engine.errors import CheckpointError, NonFiniteError, TrainingError, TrainingStopped
+from sparse_mlp.engine.resume import check_longer
 from sparse_mlp.engine.run import RunFolder
 from sparse_mlp.engine.task import Batch, Evaluation, Loaders, Task
 from sparse_mlp.engine.trainer import Trainer
@@ -23,6 +24,7 @@ __all__ = [
     "TrainingError",
     "TrainingStopped",
     "check_configs",
+    "check_longer",
     "last_checkpoint",
     "list_checkpoints",
 ]

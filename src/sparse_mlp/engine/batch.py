@@ -1,4 +1,4 @@
-"""What happens to a batch before the model sees it, and the seeding of everything random in a step."""
+"""Moving and splitting batches, and seeding torch's generators for a step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_mlp.distributed import world_size
 from sparse_mlp.engine.task import Batch
+from sparse_mlp.errors import UserError
 
 
-def move(value: Any, device: torch.device, memory_format: torch.memory_format) -> Any:
-    """Tensors in nested lists, tuples and dicts to the device; 4-dimensional ones in `memory_format`."""
+def move_to_device(value: Any, device: torch.device, memory_format: torch.memory_format) -> Any:
+    """Move the tensors in nested lists, tuples and dicts to the device; 4-dimensional ones get `memory_format`."""
     if isinstance(value, Tensor):
         layout = memory_format if value.ndim == 4 else torch.preserve_format
         return value.to(device, non_blocking=True, memory_format=layout)
     if isinstance(value, dict):
-        return {name: move(entry, device, memory_format) for name, entry in value.items()}
+        return {name: move_to_device(entry, device, memory_format) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(move(entry, device, memory_format) for entry in value)
+        return type(value)(move_to_device(entry, device, memory_format) for entry in value)
     return value
 
 
-def cut(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
-    """Micro-batches in order, each with its share of the items."""
+def split_microbatches(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
+    """`parts` micro-batches in order, each with its share of the items."""
     if parts == 1:
         return [(batch, 1.0)]
     size = len(next(iter(batch.values())))
@@ -37,7 +39,7 @@ def cut(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
 def seed_torch(device: torch.device, *key: int) -> None:
     """Seed torch's generators of the CPU and of `device` from integers.
 
-    torch.manual_seed would do, but records a traceback for every GPU that is not in use: 0.1 ms a call.
+    torch.manual_seed also queues a call, with its traceback, for every GPU that is not in use: 0.1 ms a step.
     """
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     value = int.from_bytes(digest, "little") >> 1
@@ -45,3 +47,12 @@ def seed_torch(device: torch.device, *key: int) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(value)
+
+
+def check_batch_size(batch_size: int, microbatches: int) -> None:
+    """UserError if a global batch cannot be split over the processes and, in each, into micro-batches."""
+    local, rest = divmod(batch_size, world_size())
+    if rest:
+        raise UserError(f"a batch size of {batch_size} is not divisible by the {world_size()} processes")
+    if local < microbatches:
+        raise UserError(f"train.grad_accum {microbatches} exceeds the {local} items of each process")

@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints.
 
 A checkpoint is a folder `step_00001234`:
-    state/*.safetensors      everything training needs, written by torch.distributed.checkpoint (any number of ranks)
+    state/*.safetensors      the training state, written by torch.distributed.checkpoint (any number of ranks)
     state.json               step, counters, the optimiser's numbers, and size and checksum of every other file
-    model.safetensors        weights of the bare model; model_ema.safetensors its moving average
-It is written under a temporary name and renamed when all of it is on the disk. Nothing in it is executed on loading.
+    model.safetensors        weights of the bare model; model_ema.safetensors their moving average
+It is written under a temporary name and renamed when all of it is on the disk. Loading executes nothing from it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sparse_mlp.engine.errors import CheckpointError
 from sparse_mlp.errors import UserError
 
 _NAME = re.compile(r"step_(\d{8,})")
-_FORMAT = 1
+_FORMAT = 2
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoint_step(path: Path) -> int:
-    """Number of updates after which the checkpoint was made, from its name."""
+    """Number of updates before the checkpoint was written, from its name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise UserError(f"{path} is not named like a checkpoint (step_00001234)")
@@ -61,35 +61,35 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`; collective. Returns its folder.
+    """Write a checkpoint and delete all but the newest `keep`; collective. Returns its folder.
 
-    `tensors` is what `load_tensors` puts back, `weights` a file name -> tensors to export, `state` goes through JSON.
-    Raises CheckpointError if anything cannot be written; older checkpoints are then untouched.
+    `tensors` are for `load_tensors`, `weights` maps file names to exported tensors, `state` is stored as JSON. Raises
+    CheckpointError if anything cannot be written; older checkpoints then stay as they are.
     """
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp"
     try:
-        on_main(lambda: _make_empty(temporary))
-        _quietly(
+        on_main(lambda: _create_empty(temporary))
+        _in_any_process_count(
             dcp.save,
-            _apart(tensors),
+            _without_shared_storage(tensors),
             storage_writer=HuggingFaceStorageWriter(str(temporary / "state"), save_distributed=True),
         )
-        on_main(lambda: _complete(temporary, final, weights, state))
+        on_main(lambda: _finalize(temporary, final, weights, state))
     except (Exception, CheckpointException) as error:
         if is_main():
             shutil.rmtree(temporary, ignore_errors=True)
         last = last_checkpoint(folder)
-        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise CheckpointError(f"could not save {final}: {_reason(error)}; {kept}") from error
+        previous = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        raise CheckpointError(f"could not save {final}: {_reason(error)}; {previous}") from error
     on_main(lambda: _prune(folder, keep))
     return final
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint, after every file in it has been compared with its checksum.
+    """The JSON part of a checkpoint, after every file has been compared with its checksum.
 
-    Raises CheckpointError that names the damaged file and the checkpoint before it.
+    Raises CheckpointError that names the damaged, missing or additional file and the checkpoint before it.
     """
     try:
         record = json.loads((path / "state.json").read_text())
@@ -98,7 +98,7 @@ def load_state(path: Path) -> dict[str, Any]:
         state, files, checksum = record["state"], record["files"], record["checksum"]
     except FileNotFoundError:
         raise _damaged(path, "state.json is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, f"state.json cannot be read ({_reason(error)})") from None
     if checksum != _checksum_json(state, files):
         raise _damaged(path, "state.json does not match its checksum")
@@ -108,72 +108,77 @@ def load_state(path: Path) -> dict[str, Any]:
             raise _damaged(path, f"{name} is missing")
         if file.stat().st_size != size or _checksum(file) != digest:
             raise _damaged(path, f"{name} does not match its checksum")
+    # Every file of state/ is read on resume, and an additional model_ema.safetensors would be taken for the weights.
+    for file in sorted((*path.glob("state/**/*"), *path.glob("*.safetensors"))):
+        name = file.relative_to(path).as_posix()
+        if name not in files and not file.is_dir():
+            raise _damaged(path, f"{name} is not one of the files it was saved with")
     return state
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place; collective. CheckpointError lists missing, unexpected and misshapen names."""
+    """Fill `tensors` in place; collective. CheckpointError lists missing and unexpected names and wrong shapes."""
     reader = HuggingFaceStorageReader(str(path / "state"))
-    there = {
-        name: tuple(entry.size)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        metadata = reader.read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a header can declare: safetensors, JSON and torch each raise their own
+        raise _damaged(path, f"state cannot be read ({_reason(error)})") from None
+    stored = {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = {
-        "missing": sorted(wanted.keys() - there.keys()),
-        "unexpected": sorted(there.keys() - wanted.keys()),
-        "of another shape": sorted(name for name in wanted.keys() & there.keys() if wanted[name] != there[name]),
+        "missing": sorted(expected.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - expected.keys()),
+        "of another shape": sorted(name for name in expected.keys() & stored.keys() if expected[name] != stored[name]),
     }
     if any(problems.values()):
-        matched = len(wanted.keys() & there.keys()) - len(problems["of another shape"])
-        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        matched = len(expected.keys() & stored.keys()) - len(problems["of another shape"])
+        listed = "; ".join(f"{kind}: {_abbreviated(names)}" for kind, names in problems.items() if names)
         raise CheckpointError(f"{path} does not fit this model and optimiser: {matched} tensors match; {listed}")
     try:
-        _quietly(dcp.load, tensors, storage_reader=reader)
+        _in_any_process_count(dcp.load, tensors, storage_reader=reader)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
 
 
 def clean(folder: Path) -> None:
-    """Remove what interrupted saves left behind."""
+    """Delete the temporary folders of interrupted saves."""
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _make_empty(temporary: Path) -> None:
+def _create_empty(temporary: Path) -> None:
     if temporary.exists():
         shutil.rmtree(temporary)
     (temporary / "state").mkdir(parents=True)
 
 
-def _complete(
+def _finalize(
     temporary: Path, final: Path, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> None:
     for name, named in weights.items():
         exported = {key: tensor.detach().cpu() for key, tensor in named.items()}
-        save_file(_apart(exported), temporary / name, metadata={"format": "pt"})
+        save_file(_without_shared_storage(exported), temporary / name, metadata={"format": "pt"})
     paths = sorted(path for path in temporary.rglob("*") if path.is_file())
     files = {str(path.relative_to(temporary)): [path.stat().st_size, _checksum(path)] for path in paths}
     record = {"format": _FORMAT, "state": state, "files": files, "checksum": _checksum_json(state, files)}
     (temporary / "state.json").write_text(json.dumps(record, indent=1, allow_nan=False))
     for path in (*temporary.rglob("*"), temporary):
-        _sync(path)
+        _fsync(path)
     if final.exists():  # a damaged one of the same step
         _remove(final)
     temporary.replace(final)
-    _sync(final.parent)
+    _fsync(final.parent)
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors with no memory in common, as safetensors wants them: tied weights are written twice."""
+def _without_shared_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no storage, as safetensors requires: tied weights are written twice."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
         tensor = tensor.contiguous()
-        where = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if where in seen else tensor
-        seen.add(where)
+        address = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
     return result
 
 
@@ -183,11 +188,11 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    # Renamed first: whoever lists the folder meanwhile never sees half a checkpoint.
+    # Renamed first, so that a process that lists the folder meanwhile sees no incomplete checkpoint.
     shutil.rmtree(path.replace(path.with_name(f".{path.name}.old.tmp")))
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -204,20 +209,20 @@ def _checksum_json(state: Mapping[str, Any], files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([state, files], sort_keys=True).encode()).hexdigest()
 
 
-def _quietly(function: Any, *arguments: Any, **options: Any) -> None:
-    # torch warns that a process without a group saves alone, which is what is meant.
+def _in_any_process_count(function: Any, *arguments: Any, **options: Any) -> None:
+    # Without a process group torch warns that it assumes a single process, which is the case.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         function(*arguments, **options)
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong in one line, without the traceback that torch packs into its messages."""
+    """The cause of an error in one line, without the traceback that torch includes in its messages."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -226,13 +231,13 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {path} is damaged: {what}{advice}")
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def _abbreviated(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def split_tensors(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """A nested state dict without its tensors, which go to `tensors` under dotted names; lists and dicts stay."""
+    """A nested state dict whose tensors are moved to `tensors` under dotted names and replaced by these names."""
     if isinstance(tree, Tensor):
         tensors[prefix] = tree
         return {"tensor": prefix}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +33,7 @@ class OptimConfig:
     """Term in the denominator. Left out: the optimiser's own."""
 
     momentum: float | None = None
-    """Momentum of sgd and its kin. Left out: 0.9."""
+    """Momentum of sgd and similar optimisers. Left out: 0.9."""
 
     layer_decay: float | None = None
     """Factor on the learning rate per layer, from the head down to the stem, for fine-tuning; 0.65 to 0.9 are usual."""
@@ -40,10 +41,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over the updates: a linear warm-up, then the schedule down to min_lr at the end."""
+    """The learning rate over the run: a linear warm-up, then the schedule down to min_lr at the end.
+
+    The schedule is over the updates; with train.minutes it is over the share of the time that has elapsed. A warm-up of
+    more than half of the updates is shortened to a tenth of them. With train.minutes it ends after a tenth of the time
+    at the latest. The run prints one line if it shortens the warm-up.
+    """
 
     sched: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    """Shape after the warm-up. Only a finished run with a constant one can be resumed with a greater length."""
 
     warmup_steps: int | None = None
     """Updates of warm-up. Left out: none, unless warmup_epochs is given."""
@@ -55,12 +61,17 @@ class ScheduleConfig:
     """Learning rate at the first update of the warm-up. Left out: a thousandth of optim.lr."""
 
     min_lr: float = 0.0
-    """Learning rate that the last update comes close to (not for constant)."""
+    """Learning rate at the end of the schedule (not for constant)."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, precision, saving. Exactly one of epochs, steps and minutes is given."""
+    """Length, precision, saving. Exactly one of epochs, steps and minutes is given.
+
+    A run is resumed with the length it began with. With a constant schedule it may be resumed with a greater length in
+    the same unit: the run, finished or not, goes on exactly as if it had been planned so. Cosine and linear schedules
+    are spread over the planned length and end at schedule.min_lr, so that their runs cannot be made longer.
+    """
 
     epochs: float | None = None
     """Passes over the training set."""
@@ -69,8 +80,9 @@ class TrainConfig:
     """Updates of the weights."""
 
     minutes: float | None = None
-    """Training time, evaluation and saving not counted. The number of updates that fit is measured before the first
-    one (on real batches; the weights are put back) and then fixed, so that schedule and resumed runs are exact."""
+    """Training time, evaluation and saving not counted. The run ends with the first update that ends after this time;
+    an interrupted run is resumed for the remaining time. The number of updates, recorded at the end, depends on the
+    machine and its load, and so does the learning rate of each: such a run cannot be repeated to the bit."""
 
     seed: int = 0
     """Of everything random: order of the data, augmentation, mixing, drop path, router noise."""
@@ -79,28 +91,28 @@ class TrainConfig:
     """Mixed precision in training; fp16 with loss scaling. Evaluation is in float32."""
 
     grad_accum: int = 1
-    """Parts the batch of a step is cut into, one after the other through the model, to save memory."""
+    """Micro-batches that the batch of a step is split into, to save memory."""
 
     clip_grad: float | None = None
-    """Largest norm of all gradients together (lamb also clips at 1 by itself)."""
+    """Maximum norm of all gradients together (lamb also clips at 1 by itself)."""
 
     ema_decay: float | None = None
-    """Keep an exponential moving average of the weights, 0.999 to 0.9999, and evaluate it too."""
+    """Decay of an exponential moving average of the weights, 0.999 to 0.9999, which is also evaluated and saved."""
 
     ema_warmup: bool = False
-    """Let the decay rise to ema_decay over the first updates, for short runs."""
+    """Increase the decay to ema_decay over the first updates, for short runs."""
 
     compile: bool = False
     """torch.compile the model: slower to start, faster to run, above all on GPUs."""
 
     grad_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
     channels_last: bool = False
     """Memory format for convolutions."""
 
     deterministic: bool = False
-    """Only deterministic kernels of torch. On a CPU runs repeat to the bit without it; on a GPU some sums need it."""
+    """Use only deterministic algorithms of torch. On a CPU runs repeat to the bit without it; on a GPU they may not."""
 
     log_every: int = 10
     """Updates between two lines of metrics."""
@@ -118,15 +130,16 @@ class TrainConfig:
     """auto (a GPU where there is one), cpu, cuda, cuda:1, ... Under torchrun each process takes its own GPU."""
 
     threads: int | None = None
-    """CPU threads of torch in each process. Left out: torch's own choice."""
+    """CPU threads of torch in each process, at most four for each core. Left out: torch's own choice."""
 
 
 FREE_ON_RESUME = ("compile", "log_every", "eval_every", "save_every", "keep", "device", "threads", "deterministic")
-"""Fields of TrainConfig that may change when a run is resumed: they are not meant to change the weights."""
+"""Fields of TrainConfig that may change when a run is resumed, as they do not determine the weights. The length may
+grow with a constant schedule: see `check_longer`."""
 
 
 def check_configs(optim: OptimConfig, schedule: ScheduleConfig, train: TrainConfig) -> None:
-    """ValueError, one line, for values that cannot be or that would be ignored."""
+    """UserError, one line, for values that are not allowed or would be ignored."""
     _check_optim(optim)
     _check_schedule(schedule, optim)
     _check_train(train)
@@ -172,14 +185,17 @@ def _check_train(train: TrainConfig) -> None:
     given = {name: getattr(train, name) for name in ("epochs", "steps", "minutes")}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
-        said = " and ".join(f"train.{name} {value}" for name, value in given.items()) or "none"
-        raise UserError(f"exactly one of train.epochs, train.steps and train.minutes says how long; given: {said}")
+        listed = " and ".join(f"train.{name} {value}" for name, value in given.items()) or "none"
+        raise UserError(f"exactly one of train.epochs, train.steps and train.minutes says how long; given: {listed}")
     for name, value in given.items():
         _positive(f"train.{name}", value)
     for name in ("grad_accum", "log_every", "keep", "threads"):
         _at_least(f"train.{name}", getattr(train, name), 1)
     for name in ("seed", "eval_every", "save_every"):
         _at_least(f"train.{name}", getattr(train, name), 0)
+    cores = os.cpu_count() or 1
+    if train.threads is not None and train.threads > 4 * cores:
+        raise UserError(f"train.threads {train.threads} is more than four for each of this machine's {cores} cores")
     if train.seed >= 2**63:
         raise UserError(f"train.seed {train.seed} is not below 2^63")
     if train.amp not in (None, "bf16", "fp16"):
@@ -197,6 +213,6 @@ def _positive(name: str, value: float) -> None:
         raise UserError(f"{name} {value} is not positive" + (" and finite" if value > 0 else ""))
 
 
-def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and not least <= value < math.inf:
-        raise UserError(f"{name} {value} is " + (f"below {least}" if value < least else "not a finite number"))
+def _at_least(name: str, value: float | None, minimum: float) -> None:
+    if value is not None and not minimum <= value < math.inf:
+        raise UserError(f"{name} {value} is " + (f"below {minimum}" if value < minimum else "not a finite number"))

@@ -1,4 +1,4 @@
-"""What can end a training run. Every message is one line, complete in itself."""
+"""Exceptions that end a training run. Every message is one complete line."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import signal
 
 
 class TrainingError(RuntimeError):
-    """Base of everything the engine raises while it trains; `exit_code` is what a command should end with."""
+    """Base of the engine's exceptions during training; `exit_code` is the exit status of a command."""
 
     exit_code = 2
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint could not be written, or is damaged, or is not one of ours."""
+    """A checkpoint could not be written, is damaged, or belongs to another model."""
 
 
 class NonFiniteError(TrainingError):
@@ -20,7 +20,7 @@ class NonFiniteError(TrainingError):
 
 
 class TrainingStopped(TrainingError):
-    """Ctrl-C or SIGTERM: the run was saved and can go on. Exit code 128 + signal: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Ctrl-C or SIGTERM: the run was saved and can be resumed. Exit status 130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The weights and everything that changes them: one update, and what of it a checkpoint holds."""
+"""Task, optimiser, loss scaling and moving average: one update, and their state for a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from sparse_mlp.distributed import rank, sync_balance, world_size, wrap
-from sparse_mlp.engine.batch import cut, move, seed_torch
+from sparse_mlp.engine.batch import move_to_device, seed_torch, split_microbatches
 from sparse_mlp.engine.checkpoint import join_tensors, split_tensors
 from sparse_mlp.engine.config import OptimConfig, TrainConfig
 from sparse_mlp.engine.optim import create_optimizer
@@ -27,7 +27,7 @@ class Learner:
     """A task on its device with optimiser, loss scaling and moving average."""
 
     def __init__(self, task: Task, optim: OptimConfig, train: TrainConfig, device: torch.device) -> None:
-        self.optim, self.train, self.device = optim, train, device
+        self.train, self.device = train, device
         self.memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
         self.task = task.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
         if train.grad_checkpointing:
@@ -36,31 +36,27 @@ class Learner:
             task.backbone().compile()
         self._moe_layers = sync_balance(task)
         self.module = wrap(task, device)
-        self.start()
-
-    def start(self) -> None:
-        """A fresh optimiser, loss scale and average of the present weights."""
-        self.optimizer = create_optimizer(self.task, self.optim)
+        self.optimizer = create_optimizer(self.task, optim)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.train.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.amp == "fp16")
         self.ema: ModelEmaV3 | None = None
-        if self.train.ema_decay is not None:
-            self.ema = ModelEmaV3(self.task, decay=self.train.ema_decay, use_warmup=self.train.ema_warmup)
+        if train.ema_decay is not None:
+            self.ema = ModelEmaV3(self.task, decay=train.ema_decay, use_warmup=train.ema_warmup)
         self._balance_scale: float | None = None
 
     def update(self, batch: Batch, step: int, steps: int, *, measure: bool) -> dict[str, Tensor]:
         """Update the weights from this rank's share of the global batch of `step`.
 
-        Returns what the task reported, and the norm of the gradient if it was clipped or `measure` is set. Only fp16
-        waits for the device, to see whether the step is to be skipped.
+        `steps` is the length of the run, for `Task.before_step`. Returns the task's metrics, and the gradient's norm if
+        it was clipped or `measure` is set. Only fp16 synchronises with the device: it skips steps that overflow.
         """
-        batch = move(batch, self.device, self.memory_format)
+        batch = move_to_device(batch, self.device, self.memory_format)
         self.task.before_step(step, steps)
         values: dict[str, Tensor] = {}
-        parts = cut(batch, self.train.grad_accum)
-        for number, (part, share) in enumerate(parts):
+        microbatches = split_microbatches(batch, self.train.grad_accum)
+        for number, (microbatch, share) in enumerate(microbatches):
             seed_torch(self.device, self.train.seed, step, rank(), number)
-            for name, value in self._accumulate(part, share, last=number == len(parts) - 1).items():
+            for name, value in self._accumulate(microbatch, share, last=number == len(microbatches) - 1).items():
                 values[name] = values[name] + value if name in values else value
         if self.train.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
@@ -77,14 +73,14 @@ class Learner:
             self.ema.update(self.task, step=step + 1)
         return values
 
-    def _accumulate(self, part: Batch, share: float, *, last: bool) -> dict[str, Tensor]:
-        """Add the gradient of a micro-batch with `share` of the items; ranks exchange gradients at the last one."""
-        if self._moe_layers:  # their balance loss does not pass through the loss that is scaled below
+    def _accumulate(self, microbatch: Batch, share: float, *, last: bool) -> dict[str, Tensor]:
+        """Add the gradient of a micro-batch with `share` of the items; the last one reduces them over the ranks."""
+        if self._moe_layers:  # the balance loss is not part of the loss that is scaled below
             self._scale_balance(self.scaler.get_scale() * share / self.task.model_passes)
-        waiting = contextlib.nullcontext() if last or world_size() == 1 else self.module.no_sync()  # type: ignore[operator]
-        with waiting:
+        sync = contextlib.nullcontext() if last or world_size() == 1 else self.module.no_sync()  # type: ignore[operator]
+        with sync:
             with torch.autocast(self.device.type, _AMP.get(self.train.amp or ""), enabled=self.train.amp is not None):
-                values = self.module(part)
+                values = self.module(microbatch)
             self.scaler.scale(values["loss"] * share).backward()
         return {name: value.detach().float() * share for name, value in values.items()}
 
@@ -94,7 +90,7 @@ class Learner:
             self._balance_scale = scale
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint has to hold: the live tensors by name, and numbers that go through JSON."""
+        """Content of a checkpoint: the tensors in use by name, and numbers to store as JSON."""
         tensors = {f"task.{name}": tensor for name, tensor in self.task.state_dict().items()}
         if self.ema is not None:
             tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.module.state_dict().items()}
@@ -102,14 +98,14 @@ class Learner:
         return tensors, {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Go back to a state whose tensors were loaded in place into those that `state` gave."""
+        """Restore the state of a checkpoint; `tensors` are those of `state`, with the stored values already in them."""
         optimizer = join_tensors(numbers["optimizer"], tensors)
         set_optimizer_state_dict(self.task, self.optimizer, optim_state_dict=optimizer)
         self.scaler.load_state_dict(numbers["scaler"])
         self._balance_scale = None
 
     def not_finite(self) -> str | None:
-        """Name of a weight, or averaged weight, with NaN or infinity in it; waits for the device."""
+        """Name of a weight, or averaged weight, that holds NaN or infinity; synchronises with the device."""
         named = list(self.task.named_parameters())
         if self.ema is not None:
             named += [(f"the average of {name}", tensor) for name, tensor in self.ema.module.named_parameters()]

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, TensorBoard events, and a progress bar (plain lines where there is no terminal)."""
+"""The metrics of a run: metrics.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -6,56 +6,50 @@ import contextlib
 import json
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping
-from datetime import timedelta
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparse_mlp.distributed import mean
+from sparse_mlp.distributed import mean, world_size
 from sparse_mlp.engine.run import RunFolder, naming
 from sparse_mlp.errors import UserError
-
-_PLAIN_SECONDS = 5.0  # least time between two plain progress lines
-_NOT_SHOWN = {"lr", "grad_norm", "data_time", "images_per_s", "balance"}  # in the file, not on the bar
+from sparse_mlp.moe import telemetry
 
 
 class Meter:
     """Values per step since the last line of metrics.
 
-    They stay on the device until they are needed, so that a step never waits for them.
+    They stay on the device until they are needed, so that a step does not synchronise with it.
     """
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
-        self._waiting: list[dict[str, Tensor]] = []
+        self._pending: list[dict[str, Tensor]] = []
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Take one step's detached scalars."""
-        self._waiting.append(values)
+        """Add one step's detached scalars."""
+        self._pending.append(values)
 
     def flush(self) -> None:
-        """Bring what waits to Python numbers, averaged over the ranks; collective.
+        """Convert the pending values to Python numbers, averaged over the ranks; collective.
 
-        What is not finite is left out (the gradient's norm where an fp16 step was skipped), but not a loss.
+        Values that are not finite are left out (the gradient's norm in a skipped fp16 step), except for the loss.
         """
-        if not self._waiting:
+        if not self._pending:
             return
-        flat = torch.stack([value.double() for values in self._waiting for value in values.values()])
+        flat = torch.stack([value.double() for values in self._pending for value in values.values()])
         numbers = iter(mean(flat).tolist())
-        for values in self._waiting:
+        for values in self._pending:
             step = {name: next(numbers) for name in values}
             self.steps.append({name: value for name, value in step.items() if math.isfinite(value) or name == "loss"})
-        self._waiting.clear()
+        self._pending.clear()
 
     def take(self) -> dict[str, float]:
-        """Means over the steps since the last call; of a name that some of them lack, over the others."""
+        """Mean of each name over the steps since the last call that have it."""
         columns: dict[str, list[float]] = {}
         for values in self.steps:
             for name, value in values.items():
@@ -67,69 +61,97 @@ class Meter:
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of a run; a context manager. `step` counts finished updates."""
 
-    def __init__(self, run: RunFolder, step: int) -> None:
-        """Append behind `step`; lines an interrupted run wrote of later steps are cut. ValueError for foreign lines."""
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+    def __init__(self, run: RunFolder, step: int, warn: Callable[[str], None]) -> None:
+        """Append after `step`; lines that an interrupted run wrote of later steps are removed.
 
-        self._path = run.metrics_path
+        UserError if the file holds other lines. A failure to write TensorBoard events goes to `warn` as one line, once,
+        and ends only these events: metrics.jsonl holds the same numbers.
+        """
+        self._path, self._warn = run.metrics_path, warn
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._said = _cut(self._path, step)
+        self._logged = _truncate(self._path, step)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        self._folder, self._purge_step = run.tensorboard, step + 1
+        self._tensorboard: Any = None
 
     def __enter__(self) -> MetricsLog:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._thread_hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
+        with self._tensorboard_errors():
+            self._tensorboard = SummaryWriter(str(self._folder), purge_step=self._purge_step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # On a full disk closing fails as well; what is on its way up says it better.
-        ignored = (OSError,) if kind else ()
-        for opened in (self._file, self._board):
-            with contextlib.suppress(*ignored):
-                opened.close()
+        # On a full disk closing fails as well; the error being raised explains it better.
+        with contextlib.suppress(*(OSError,) if kind else ()):
+            self._file.close()
+        if self._tensorboard is not None:
+            with contextlib.suppress(OSError) if kind else self._tensorboard_errors():
+                self._tensorboard.close()
+        threading.excepthook = self._thread_hook
 
     def has(self, kind: str, step: int) -> bool:
         """Whether the file held a line of this kind at this step when it was opened."""
-        return (kind, step) in self._said
+        return (kind, step) in self._logged
 
     def write(self, kind: str, step: int, epoch: float, seconds: float, values: Mapping[str, Any]) -> None:
-        """One line. OSError that names the file if it cannot be written."""
+        """Write one line. OSError that names the file if it cannot be written."""
         line = {"kind": kind, "step": step, "epoch": epoch, "time": seconds, **values}
         text = json.dumps(line, allow_nan=False)
         with naming(self._path):
             self._file.write(text + "\n")
             self._file.flush()
-        for name, value in _scalars(kind, values):
-            self._board.add_scalar(name, value, step)
+        if self._tensorboard is not None:
+            with self._tensorboard_errors():
+                for name, value in _scalars(kind, values):
+                    self._tensorboard.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Bring everything to the disk, before a checkpoint that relies on it."""
+        """Write everything to the disk, before a checkpoint that relies on it."""
         with naming(self._path):
             os.fsync(self._file.fileno())
-        self._board.flush()
+        if self._tensorboard is not None:
+            with self._tensorboard_errors():
+                self._tensorboard.flush()
+
+    @contextlib.contextmanager
+    def _tensorboard_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._tensorboard = None
+            self._warn(f"no more TensorBoard events: could not write them: {error.strerror or error}")
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread, whose error is raised again by the next call: no traceback of the thread too.
+        if not (type(error.thread).__module__.startswith("tensorboard.") and isinstance(error.exc_value, OSError)):
+            self._thread_hook(error)
 
 
-def _cut(path: Path, step: int) -> set[tuple[str, int]]:
-    """Drop lines of later steps and a last line that was not finished; returns (kind, step) of what stays."""
+def _truncate(path: Path, step: int) -> set[tuple[str, int]]:
+    """Remove lines of later steps and an incomplete last line; returns (kind, step) of the lines that stay."""
     if not path.exists():
         return set()
-    kept, said = [], set()
+    kept, logged = [], set()
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
-            where = (str(line["kind"]), int(line["step"]))
+            position = (str(line["kind"]), int(line["step"]))
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 continue
             raise UserError(f"{path} line {number} is not a line of metrics: {text.strip()[:60]!r}") from None
-        if where[1] <= step and text.endswith("\n"):
+        if position[1] <= step and text.endswith("\n"):
             kept.append(text)
-            said.add(where)
+            logged.add(position)
     if len(kept) < len(lines):
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)
-    return said
+    return logged
 
 
 def _scalars(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -148,66 +170,18 @@ def _scalars(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]
                 yield f"{prefix}/{name}", value
 
 
-class ProgressBar:
-    """A live bar on a terminal, else a plain line now and then; on standard error. Silent where `show` is False."""
+def routing_statistics(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Statistics of the last forward of each MoE layer by its name, averaged over the ranks; collective."""
+    return {name: _mean_over_ranks(layer.to_dict()) for name, layer in telemetry.collect(model).items()}
 
-    def __init__(self, step: int, steps: int, steps_per_epoch: int, *, show: bool, items: str = "images") -> None:
-        self._console = Console(stderr=True, quiet=not show, highlight=False)
-        self._steps, self._steps_per_epoch, self._items = steps, steps_per_epoch, items
-        self._said_at = -math.inf
-        self._live: Progress | None = None
-        if show and self._console.is_terminal:
-            self._live = Progress(
-                MofNCompleteColumn(table_column=Column(no_wrap=True)),
-                BarColumn(bar_width=None, table_column=Column(ratio=1)),
-                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-                TimeRemainingColumn(table_column=Column(no_wrap=True)),
-                console=self._console,
-                expand=True,
-                refresh_per_second=2,  # drawing takes milliseconds from the training
-            )
-            self._bar = self._live.add_task("", total=steps, completed=step)
 
-    def __enter__(self) -> ProgressBar:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def advance(self, step: int) -> None:
-        if self._live:
-            self._live.update(self._bar, completed=step)
-
-    def train(self, step: int, values: Mapping[str, float], seconds_per_step: float) -> None:
-        """Show a line of training metrics: loss, what the task measures, speed, and (plain) the time left."""
-        shown = [name for name in values if name not in _NOT_SHOWN]
-        parts = [f"{name} {values[name]:.3f}" for name in shown]
-        parts.append(f"{values['images_per_s']:,.0f} {self._items}/s")
-        if self._live:
-            self._live.update(self._bar, description="  ".join(parts))
-            return
-        now = time.monotonic()
-        if now - self._said_at >= _PLAIN_SECONDS or step == self._steps:
-            self._said_at = now
-            left = timedelta(seconds=round((self._steps - step) * seconds_per_step))
-            epoch = step / self._steps_per_epoch
-            self.say(f"step {step}/{self._steps}  epoch {epoch:.2f}  {'  '.join(parts)}  {left} left")
-
-    def evaluation(self, step: int, metrics: Mapping[str, float], averaged: bool) -> None:
-        """A line that stays, for an evaluation."""
-        values = "  ".join(
-            f"{n} {value:.4g}" if isinstance(value, float) else f"{value:,} {n}" for n, value in metrics.items()
-        )
-        self.say(f"step {step}/{self._steps}  test{' (averaged weights)' if averaged else ''}  {values}")
-
-    def say(self, text: str) -> None:
-        """One line that stays."""
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def note(self, what: str) -> None:
-        """Say on the bar what is going on besides training."""
-        if self._live:
-            self._live.update(self._bar, description=what)
+def _mean_over_ranks(statistics: dict[str, Any]) -> dict[str, Any]:
+    """Numbers and lists of numbers, averaged over the ranks; collective."""
+    if world_size() == 1:
+        return statistics
+    flat = [number for value in statistics.values() for number in (value if isinstance(value, list) else [value])]
+    numbers = iter(mean(torch.tensor(flat, dtype=torch.float64)).tolist())
+    return {
+        name: [next(numbers) for _ in value] if isinstance(value, list) else next(numbers)
+        for name, value in statistics.items()
+    }

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was asked to do, where it ran, its metrics, checkpoints and report."""
+"""The folder of a run: configuration, environment, metrics, checkpoints and report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sparse_mlp.engine.checkpoint import last_checkpoint
+from sparse_mlp.engine.checkpoint import clean, last_checkpoint
 from sparse_mlp.errors import UserError
 from sparse_mlp.moe import kernels
 
@@ -31,18 +32,26 @@ _PACKAGES = ("sparse-mlp", "torch", "torchvision", "timm", "numpy", "safetensors
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run folder. `create` starts one, `open` returns to one."""
+    """Paths inside a run folder. `create` starts a run, `open` finds an existing one without writing anything."""
 
     path: Path
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any]) -> RunFolder:
-        """Make the folder with config.json and environment.json. FileExistsError if it holds a run already."""
+        """Create the folder with config.json and environment.json. FileExistsError if it holds a run already.
+
+        A run without a checkpoint and without a line of metrics after a step is overwritten.
+        """
         run = cls(Path(path))
         if run.config_path.exists():
-            raise FileExistsError(
-                f"{run.path} holds a run already; go on with --resume {run.path} or name another folder"
-            )
+            if run.is_begun():
+                raise FileExistsError(
+                    f"{run.path} holds a run already; go on with --resume {run.path} or name another folder"
+                )
+            with run.locked():
+                run.metrics_path.unlink(missing_ok=True)
+                shutil.rmtree(run.tensorboard, ignore_errors=True)
+                clean(run.checkpoints)
         run.path.mkdir(parents=True, exist_ok=True)
         write_json(run.path / "environment.json", environment())
         write_json(run.config_path, config)
@@ -55,6 +64,17 @@ class RunFolder:
         if not run.config_path.is_file():
             raise FileNotFoundError(f"{run.path} is not a run folder: it has no config.json")
         return run
+
+    def has_steps(self) -> bool:
+        """Whether there is a checkpoint or a line of metrics after a step; a file of unknown lines counts as one."""
+        if last_checkpoint(self.checkpoints) is not None:
+            return True
+        if not self.metrics_path.exists():
+            return False
+        try:
+            return any(json.loads(line)["step"] > 0 for line in self.metrics_path.read_text().splitlines())
+        except (ValueError, KeyError, TypeError):
+            return True
 
     @property
     def config_path(self) -> Path:
@@ -72,36 +92,54 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def results_path(self) -> Path:
+        return self.path / "results.json"
+
+    def results(self) -> dict[str, Any] | None:
+        """`metrics` of the last evaluation of a run that was trained to its end; None while it was not."""
+        return json.loads(self.results_path.read_text()) if self.results_path.is_file() else None
+
+    def has_checkpoint(self) -> bool:
+        return last_checkpoint(self.checkpoints) is not None
+
+    def is_begun(self) -> bool:
+        """Whether something would be lost if a new run began in the folder: it has taken a step, or has results."""
+        return self.has_steps() or self.results_path.exists()
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training in this folder. ValueError if one does.
+        """Keep other processes from training in this folder. UserError if one does.
 
-        The system lets go of the lock when the process ends, however it ends.
+        The system releases the lock when the process ends, in whatever way.
         """
         if fcntl is None:
             yield
             return
         with (self.path / ".lock").open("w") as file:
             try:
-                # By lockf and not flock: data workers must not inherit it, they may outlive a killed process.
+                # lockf, not flock: forked data workers, which may outlive a killed process, must not inherit the lock.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # which of them depends on the system
+            except (BlockingIOError, PermissionError):  # either, depending on the system
                 raise UserError(f"{self.path} is being trained by another process") from None
             except OSError:  # a file system without locks
                 pass
             yield
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration. ValueError if the file is damaged."""
+        """The resolved configuration. UserError if the file is damaged."""
         try:
-            return json.loads(self.config_path.read_text())
+            config = json.loads(self.config_path.read_text())
         except json.JSONDecodeError as error:
             raise UserError(f"{self.config_path} is not valid JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{self.config_path} should hold a JSON object, not a {type(config).__name__}")
+        return config
 
     def weights(self, *, ema: bool | None = None) -> Path:
-        """Weights file of the newest checkpoint: averaged ones where the run kept them (`ema` None), or as asked.
+        """Weights file of the newest checkpoint; with `ema` None the averaged weights if the run kept them.
 
-        FileNotFoundError, naming what is missing.
+        FileNotFoundError that names what is missing.
         """
         folder = last_checkpoint(self.checkpoints)
         if folder is None:
@@ -116,7 +154,7 @@ class RunFolder:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a small file in one go: either the old content or the new one is there."""
+    """Write a small file atomically: after a failure the old content is still there."""
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path), temporary.open("w") as file:
         json.dump(value, file, indent=2, allow_nan=False)
@@ -128,7 +166,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError from the block says that `path` could not be written: of a full disk the system names no file."""
+    """Add `path` to an OSError of the block: on a full disk the system names no file."""
     try:
         yield
     except OSError as error:
@@ -186,7 +224,7 @@ def _git_commit() -> dict[str, Any]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # an environment inside somebody else's checkout is not tracked
+        git("ls-files", "--error-unmatch", here.name)  # installed into another project's checkout it is not tracked
         changed = bool(git("status", "--porcelain", "--untracked-files=no"))
         return {"git_commit": git("rev-parse", "HEAD"), "git_changed": changed}
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""What the engine asks of a task and of its data. It knows nothing else about them."""
+"""The interface of a task and its data to the engine, which knows nothing else about them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ Batch = dict[str, Any]  # tensors or lists, each with one entry an item in its f
 
 @dataclass(frozen=True)
 class Loaders:
-    """Where batches come from. What a step sees depends on the step only: not on workers, ranks or having resumed."""
+    """Sources of batches. The batch of a step is a function of the step: not of workers, ranks or resumption."""
 
     train: Callable[..., Iterable[Batch]]
-    """`train(start_step=, steps=, rank=, world_size=)`: this rank's slice of the batches of these global steps."""
+    """`train(start_step=, steps=, rank=, world_size=)`: this rank's slice of the batches of these global steps.
+
+    It must be lazy: a run of so many minutes does not know its length, requests 2^40 steps and reads the first ones."""
 
     evaluate: Callable[..., Iterable[Batch]]
-    """`evaluate(rank=, world_size=)`: everything to evaluate on, each item once over all ranks."""
+    """`evaluate(rank=, world_size=)`: this rank's batches of the evaluation set, each item on exactly one rank."""
 
     batch_size: int
-    """Items in one step, all ranks together."""
+    """Items in one step, over all ranks."""
 
     steps_per_epoch: int
+
+    replicated: bool = False
+    """Every rank is given the whole batch, and a batch of any size is allowed."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,14 @@ class Task(nn.Module):
     """
 
     model_passes: int = 1
-    """How often a forward of the task runs the model. Each pass of a MoE layer adds the gradient of its own balance
-    loss; the engine weighs them so that their mean counts."""
+    """Forward passes of the model in one forward of the task. Each pass of a MoE layer adds the gradient of its own
+    balance loss; the engine scales them so that their mean counts."""
 
-    items: str = "images"
-    """What a batch consists of, for the progress bar's items/s."""
+    items: str = "items"
+    """What the items of a batch are, in the plural (images, nodes), for the progress bar and the report."""
+
+    schedules_over_run: bool = False
+    """Whether `before_step` depends on `steps`. Such a run cannot be made longer when it is resumed."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -61,7 +69,7 @@ class Task(nn.Module):
 
     @abstractmethod
     def backbone(self) -> nn.Module:
-        """The bare model: what is exported as weights, compiled, and asked for routing statistics."""
+        """The bare model, which is exported, compiled, and read for routing statistics."""
 
     @abstractmethod
     def param_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
@@ -69,11 +77,14 @@ class Task(nn.Module):
 
     @abstractmethod
     def evaluate(self, loader: Iterable[Batch], device: torch.device) -> Evaluation:
-        """Metrics over everything in the loaders of all ranks; collective. Leaves the mode of the modules as it was."""
+        """Metrics over the loaders of all ranks; collective. Restores the modules' training mode."""
 
     def before_step(self, step: int, steps: int) -> None:
-        """Called before update `step` (0-based) of `steps`, for schedules of the task's own."""
+        """Called before update `step` (0-based) of `steps`, for the task's own schedules.
+
+        In a run of so many minutes `steps` is an estimate at the pace so far: step / steps is the share of the time.
+        """
 
     def gradient_metrics(self) -> dict[str, Tensor]:
-        """Scalars to report of the gradients (averaged over ranks, without loss scale) where an update is measured."""
+        """Scalars to log of the gradients (averaged over ranks, loss scale removed), for updates that are logged."""
         return {}

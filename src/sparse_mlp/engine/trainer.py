@@ -1,17 +1,16 @@
 """The training loop.
 
-What a step does is a function of the weights, the configuration and the step's number: batches come from the data by
-their number, the generators are seeded by it, the learning rate is computed from it. A checkpoint therefore needs no
-generator and no position in the data, and a resumed run repeats an uninterrupted one to the bit.
+A step is a function of the weights, the configuration and the step's number: the number selects the batch, seeds the
+generators and determines the learning rate. A checkpoint therefore holds no generator and no position in the data, and
+a resumed run repeats an uninterrupted one to the bit. The exception is train.minutes, where learning rate and end
+depend on the time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,22 +18,30 @@ import torch
 from sparse_mlp import distributed
 from sparse_mlp.distributed import is_main, rank, world_size
 from sparse_mlp.engine import checkpoint
-from sparse_mlp.engine.budget import steps_that_fit
+from sparse_mlp.engine.batch import check_batch_size
 from sparse_mlp.engine.clock import Clock
-from sparse_mlp.engine.config import FREE_ON_RESUME, OptimConfig, ScheduleConfig, TrainConfig, check_configs
+from sparse_mlp.engine.config import OptimConfig, ScheduleConfig, TrainConfig, check_configs
 from sparse_mlp.engine.errors import NonFiniteError, TrainingStopped
 from sparse_mlp.engine.learner import Learner
-from sparse_mlp.engine.logging import Meter, MetricsLog, ProgressBar
-from sparse_mlp.engine.optim import create_schedule, warmup_updates
+from sparse_mlp.engine.length import create_length
+from sparse_mlp.engine.logging import Meter, MetricsLog, routing_statistics
+from sparse_mlp.engine.optim import create_schedule
+from sparse_mlp.engine.progress import ProgressBar
+from sparse_mlp.engine.resume import check_settings, flat_settings
 from sparse_mlp.engine.run import RunFolder, environment
 from sparse_mlp.engine.stop import StopRequest
 from sparse_mlp.engine.task import Batch, Evaluation, Loaders, Task
+from sparse_mlp.engine.torch_settings import torch_settings
 from sparse_mlp.errors import UserError
-from sparse_mlp.moe import telemetry
+
+_UNKNOWN_STEPS = 1 << 40  # requested from the data of a run by time, which reads only the first ones
 
 
 class Trainer:
-    """Trains a task; `fit` is the loop. Under torchrun every rank makes one and calls it, inside `distributed.join`."""
+    """Trains a task; `fit` is the loop.
+
+    Under torchrun every rank creates one and calls it, inside `distributed.join`.
+    """
 
     def __init__(
         self,
@@ -47,51 +54,77 @@ class Trainer:
         run: RunFolder,
         device: torch.device | None = None,
     ) -> None:
-        """ValueError for configurations that cannot be, or whose options would be ignored."""
+        """UserError for configurations that are not allowed, or whose options would be ignored."""
         check_configs(optim, schedule, train)
-        _check_batch_size(loaders.batch_size, train.grad_accum)
-        if train.minutes is None:  # else nobody knows yet how many updates there will be
-            warmup_updates(schedule, _count_steps(train, loaders), loaders.steps_per_epoch)
+        if not loaders.replicated:
+            check_batch_size(loaders.batch_size, train.grad_accum)
         self.loaders, self.run = loaders, run
         self.optim, self.schedule, self.train = optim, schedule, train
         self.learner = Learner(task, optim, train, device or distributed.resolve_device(train.device))
-        self.step = self.steps = 0  # updates made, updates to make
+        self.length = create_length(train, schedule, loaders.steps_per_epoch)
+        self.step = 0  # updates made
         self.saved = 0  # step of the newest checkpoint
+        self.seconds = 0.0  # training time after `step` updates, the same on all ranks
         self.meter, self.clock = Meter(), Clock(self.learner.device)
+        self.log: MetricsLog | None = None  # only on rank 0
+
+    @property
+    def steps(self) -> int | None:
+        """Updates of the whole run; None until a run by time is over."""
+        return self.length.steps
 
     def fit(self, *, resume: bool = False, show: bool = True) -> Evaluation:
         """Train to the end; returns the last evaluation (of the averaged weights where they are kept).
 
-        `resume` goes on from the newest checkpoint; a run that was killed before its first one starts again. Raises
-        TrainingStopped on Ctrl-C and SIGTERM, NonFiniteError, CheckpointError, ValueError if the run began differently.
+        `resume` continues from the newest checkpoint; without one the run starts again. A finished run continues if its
+        length is greater than before (see TrainConfig). Raises TrainingStopped on Ctrl-C and SIGTERM, NonFiniteError,
+        CheckpointError, and UserError if the run was started with other settings.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_torch_settings(self.train))
+            stack.enter_context(torch_settings(self.train))
             distributed.on_main(lambda: stack.enter_context(self.run.locked()))
             self._begin(resume)
             self.stop = stack.enter_context(StopRequest())
-            self.log = stack.enter_context(MetricsLog(self.run, self.step)) if is_main() else None
-            steps = (self.step, self.steps, self.loaders.steps_per_epoch)
-            bar = ProgressBar(*steps, show=show and is_main(), items=self.learner.task.items)
+            items = self.learner.task.items
+            bar = ProgressBar(steps_per_epoch=self.loaders.steps_per_epoch, items=items, show=show and is_main())
             self.bar = stack.enter_context(bar)
-            if resume:
-                self._event("resumed", ranks=world_size(), environment=environment())
-                where = f"going on after step {self.step}" if self.step else "no checkpoint yet: beginning again"
-                self.bar.say(f"{where}, {self.steps} in all")
+            distributed.on_main(lambda: self._open_log(stack))
+            self._announce(resume)
             return self._loop()
+
+    def _open_log(self, stack: contextlib.ExitStack) -> None:
+        self.log = stack.enter_context(MetricsLog(self.run, self.step, self.bar.print))
+
+    def _announce(self, resume: bool) -> None:
+        """Log how training starts, and print what differs from the request."""
+        if resume:
+            self._event("resumed", ranks=world_size(), environment=environment())
+            start = f"resumed after step {self.step}" if self.step else "no checkpoint yet: starting again"
+            self.bar.print(start if self.steps is None else f"{start} of {self.steps}")
+        if self.step == 0:
+            self._event(
+                "started", ranks=world_size(), items=self.learner.task.items, batch_size=self.loaders.batch_size
+            )
+            self._warmup_note = None
+        else:
+            self._warmup_note = self.length.warmup_note()  # printed when the run started
+        self._advance()
 
     def _loop(self) -> Evaluation:
         evaluation = self._evaluate_if_missed()
         self.learner.task.train()
         self.clock.start()
         for batch in self._remaining():
-            self.rates.step_update(self.step)
-            due = self._due(self.train.log_every, self.step + 1)
-            self.meter.add(self.learner.update(batch, self.step, self.steps, measure=due))
+            self.rates.step_update(self.length.position(self.step, self.seconds))  # type: ignore[arg-type]
+            self._print_warmup_note()
+            measure = self._due(self.train.log_every, self.step + 1)
+            expected = self.length.expected_steps(self.step, self.seconds)
+            self.meter.add(self.learner.update(batch, self.step, expected, measure=measure))
             self.step += 1
-            self.bar.advance(self.step)
+            self._read_clock()
+            self._advance()
             stopping = self.stop.agreed()
-            if due:
+            if self._due(self.train.log_every, self.step):
                 self._log()
             if stopping or self._due(self.train.save_every, self.step):
                 self._save()
@@ -100,40 +133,57 @@ class Trainer:
             if self._due(self.train.eval_every, self.step):
                 evaluation = self._evaluate()
         assert evaluation is not None, "the last step is always evaluated"
-        self._event("finished")
+        self._event("finished", steps=self.step, seconds=self.seconds)
+        if self.train.minutes is not None:
+            self.bar.print(f"{self.train.minutes:g} minutes of training: {self.step} steps")
         return evaluation
 
     def _due(self, every: int | None, step: int) -> bool:
-        """Whether something is to happen after `step` updates: every so many, once an epoch (None), and at the end."""
+        """Whether something happens after `step` updates: every so many, once an epoch (None), and at the end."""
         every = self.loaders.steps_per_epoch if every is None else every
         return step == self.steps or (every > 0 and step % every == 0)
 
+    def _finished(self) -> bool:
+        return self.length.finished(self.step, self.seconds)
+
+    def _read_clock(self) -> None:
+        """Training time after the last update. Where learning rate and end depend on it, all ranks get rank 0's."""
+        self.seconds = self.clock.seconds()
+        if self.train.minutes is not None:
+            self.seconds = distributed.broadcast(self.seconds)
+        self._finished()  # a run by time now knows its number of steps
+
     def _remaining(self) -> Iterator[Batch]:
-        """Batches of the steps that are left. Data workers end with the loop, also where an exception leaves it."""
-        batches = iter(self._batches(self.step, self.steps - self.step))
-        for step in range(self.step, self.steps):
+        """Batches of the remaining steps. Data workers end with the loop, also when an exception ends it."""
+        if self._finished():
+            return
+        steps = _UNKNOWN_STEPS if self.steps is None else self.steps - self.step
+        loader = self.loaders.train(start_step=self.step, steps=steps, rank=rank(), world_size=world_size())
+        batches = iter(loader)
+        while not self._finished():
             with self.clock.waiting():
                 batch = next(batches, None)
             if batch is None:
-                raise UserError(f"the training data ended after {step} of {self.steps} steps")
+                raise UserError(f"the training data ended after step {self.step}{self._of_steps()}")
             yield batch
 
-    def _batches(self, start: int, steps: int) -> Iterable[Batch]:
-        return self.loaders.train(start_step=start, steps=steps, rank=rank(), world_size=world_size())
+    def _of_steps(self) -> str:
+        return "" if self.steps is None else f" of {self.steps}"
 
     # Before the first step.
 
     def _begin(self, resume: bool) -> None:
-        """Fix the number of steps and, resuming, put everything back as it was."""
-        # Found and verified by one rank: a checkpoint is large, and all have to mean the same one.
+        """Create the schedule and, when resuming, restore the checkpoint."""
+        # Found and verified by rank 0: checkpoints are large, and all ranks have to load the same one.
         last = distributed.on_main(lambda: checkpoint.last_checkpoint(self.run.checkpoints))
         if last is not None and not resume:
             raise UserError(f"{self.run.path} has checkpoints; resume it or train in another folder")
         state = distributed.on_main(lambda: checkpoint.load_state(last)) if last is not None else None
         if state is not None:
             self._check_settings(state["settings"])
-        self.steps = state["steps"] if state is not None else self._decide_steps()
-        self.rates = create_schedule(self.learner.optimizer, self.schedule, self.steps, self.loaders.steps_per_epoch)
+            self.length.load(state["length"])
+        length, warmup = self.length.schedule_length, self.length.schedule_warmup
+        self.rates = create_schedule(self.learner.optimizer, self.schedule, length, warmup)
         if state is None or last is None:
             return
         tensors, _ = self.learner.state()
@@ -142,59 +192,54 @@ class Trainer:
         self.step = self.saved = state["step"]
         self.meter.steps = state["meter"]
         self.clock.load(state["clock"])
+        self._read_clock()
         if is_main():
             checkpoint.clean(self.run.checkpoints)
 
-    def _decide_steps(self) -> int:
-        if self.train.minutes is not None:
-            return steps_that_fit(60 * self.train.minutes, self.learner, self._batches)
-        return _count_steps(self.train, self.loaders)
-
     def _settings(self) -> dict[str, Any]:
-        """What the course of the training depends on, flat; lists for tuples, as JSON gives them back."""
-        train = {name: value for name, value in asdict(self.train).items() if name not in FREE_ON_RESUME}
-        groups = {"optim": asdict(self.optim), "schedule": asdict(self.schedule), "train": train}
-        flat = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
-        flat |= {"batch_size": self.loaders.batch_size, "steps_per_epoch": self.loaders.steps_per_epoch}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+        sizes = {"batch_size": self.loaders.batch_size, "steps_per_epoch": self.loaders.steps_per_epoch}
+        return flat_settings(self.optim, self.schedule, self.train, **sizes)
 
-    def _check_settings(self, before: Mapping[str, Any]) -> None:
-        now = self._settings()
-        changed = [
-            f"{name} was {before.get(name)} and is now {now.get(name)}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-        ]
-        if changed:
-            raise UserError(f"{self.run.path} cannot go on as it began: {'; '.join(changed)}")
+    def _check_settings(self, stored: Mapping[str, Any]) -> None:
+        longer = check_settings(stored, self._settings(), self.run.path)
+        if longer and self.learner.task.schedules_over_run:
+            raise UserError(
+                f"{self.run.path} cannot be made longer: {type(self.learner.task).__name__} has a schedule of its own "
+                "over the planned length"
+            )
 
     # Between steps.
 
+    def _advance(self) -> None:
+        self.bar.advance(self.step, self.steps, self.length.share(self.step, self.seconds))
+
+    def _print_warmup_note(self) -> None:
+        note = self.length.warmup_note()
+        if note is not None and note != self._warmup_note:
+            self._warmup_note = note
+            self.bar.print(note)
+
     def _log(self) -> None:
-        """Means since the last line, and the routing of this step."""
+        """Write the means since the last line, and the routing of this step."""
         self._check_losses()
-        lap = self.clock.lap(self.step)
-        routing = self._routing()
+        interval = self.clock.interval(self.step)
+        routing = routing_statistics(self.learner.task.backbone())
         values = self.meter.take()
         if routing:
             values["balance"] = sum(stats["balance_loss"] for stats in routing.values()) / len(routing)
         values["lr"] = max(group["lr"] for group in self.learner.optimizer.param_groups)
-        values["images_per_s"] = lap.steps * self.loaders.batch_size / lap.seconds
-        values["data_time"] = lap.waited / lap.seconds
+        values["items_per_s"] = interval.steps * self.loaders.batch_size / interval.seconds
+        values["data_time"] = interval.waited / interval.seconds
         self._write("train", values)
         for layer, stats in routing.items():
             self._write("routing", {"layer": layer, **stats})
-        self.bar.train(self.step, values, lap.seconds / lap.steps)
-
-    def _routing(self) -> dict[str, dict[str, Any]]:
-        """Statistics of each MoE layer's last forward, averaged over the ranks."""
-        collected = telemetry.collect(self.learner.task.backbone())
-        return {name: _mean_over_ranks(stats.to_dict()) for name, stats in collected.items()}
+        left = self.length.seconds_left(self.step, self.seconds, interval.seconds / interval.steps)
+        self.bar.train(values, left)
 
     def _evaluate(self, *, write: bool = True) -> Evaluation:
-        """Evaluate the weights and their average. A signal meanwhile saves and stops; resuming makes up for it."""
+        """Evaluate the weights and their average. A signal saves and stops; the evaluation is then done on resume."""
         with self.clock.paused():
-            self.bar.note("evaluating")
+            self.bar.status("evaluating")
             tasks = {False: self.learner.task}
             if self.learner.ema is not None:
                 tasks[True] = self.learner.ema.module
@@ -206,7 +251,7 @@ class Trainer:
             for averaged, result in results.items():
                 if write:
                     self._write("eval", {"split": "test", **result.metrics, "ema": averaged})
-                self.bar.evaluation(self.step, result.metrics, averaged)
+                self.bar.evaluation(result.metrics, averaged)
         return results[max(results)]
 
     def _evaluate_one(self, task: Task) -> Evaluation:
@@ -214,7 +259,7 @@ class Trainer:
         return task.evaluate(self._interruptible(loader), self.learner.device)
 
     def _evaluate_if_missed(self) -> Evaluation | None:
-        """After resuming: the evaluation that was due at the checkpoint if it was not made; the last one always."""
+        """On resume: the evaluation due at the checkpoint if it is missing; in a finished run always the last one."""
         if self.step == 0 or not self._due(self.train.eval_every, self.step):
             return None
         missed = distributed.broadcast(self.log is not None and not self.log.has("eval", self.step))
@@ -227,11 +272,11 @@ class Trainer:
             yield batch
 
     def _save(self) -> None:
-        """Write a checkpoint, unless this step has one. Weights that are not finite are never saved."""
+        """Write a checkpoint unless this step has one. Weights that are not finite are never saved."""
         if self.step == self.saved:
             return
         with self.clock.paused():
-            self.bar.note("saving")
+            self.bar.status("saving")
             self._check_losses()
             bad = self.learner.not_finite()
             if bad is not None:
@@ -242,6 +287,7 @@ class Trainer:
             state = {
                 "step": self.step,
                 "steps": self.steps,
+                "length": self.length.state(),
                 "settings": self._settings(),
                 "learner": numbers,
                 "meter": self.meter.steps,
@@ -256,7 +302,7 @@ class Trainer:
     def _stopped(self, signum: int) -> TrainingStopped:
         self._event("stopped", signal=signum)
         return TrainingStopped(
-            f"stopped after step {self.step} of {self.steps} and saved; go on with --resume {self.run.path}", signum
+            f"stopped after step {self.step}{self._of_steps()} and saved; go on with --resume {self.run.path}", signum
         )
 
     def _check_losses(self) -> None:
@@ -268,8 +314,8 @@ class Trainer:
     def _not_finite(self, what: str) -> NonFiniteError:
         self._event("stopped", reason=what)
         last = checkpoint.last_checkpoint(self.run.checkpoints)
-        good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        return NonFiniteError(f"{what}; {good}; a lower optim.lr, more warm-up or train.clip_grad may help")
+        previous = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        return NonFiniteError(f"{what}; {previous}; a lower optim.lr, more warm-up or train.clip_grad may help")
 
     def _event(self, what: str, **values: Any) -> None:
         self._write("event", {"what": what, **values})
@@ -282,44 +328,3 @@ class Trainer:
 
 class _Interrupted(Exception):
     """A signal came during an evaluation."""
-
-
-def _count_steps(train: TrainConfig, loaders: Loaders) -> int:
-    if train.steps is not None:
-        return train.steps
-    assert train.epochs is not None, "check_configs lets exactly one through"
-    return max(1, round(train.epochs * loaders.steps_per_epoch))
-
-
-def _check_batch_size(batch_size: int, parts: int) -> None:
-    if batch_size % world_size():
-        raise UserError(f"a batch size of {batch_size} is not divisible by the {world_size()} processes")
-    if batch_size // world_size() < parts:
-        raise UserError(f"train.grad_accum {parts} exceeds the {batch_size // world_size()} items a process gets")
-
-
-@contextlib.contextmanager
-def _torch_settings(train: TrainConfig) -> Iterator[None]:
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    if train.threads is not None:
-        torch.set_num_threads(train.threads)
-    if train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-    torch.use_deterministic_algorithms(train.deterministic or deterministic)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
-
-
-def _mean_over_ranks(stats: dict[str, Any]) -> dict[str, Any]:
-    """Numbers and lists of numbers, averaged over the ranks."""
-    if world_size() == 1:
-        return stats
-    flat = [number for value in stats.values() for number in (value if isinstance(value, list) else [value])]
-    numbers = iter(distributed.mean(torch.tensor(flat, dtype=torch.float64)).tolist())
-    return {
-        name: [next(numbers) for _ in value] if isinstance(value, list) else next(numbers)
-        for name, value in stats.items()
-    }

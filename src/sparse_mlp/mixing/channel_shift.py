@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor
 
 from sparse_mlp.moe.eager import runs_eagerly_on_cpu
@@ -97,6 +98,7 @@ def _plain_shift(x: Tensor, offsets: tuple[int, ...], axis: int) -> Tensor:
     return out
 
 
+@register_notrace_function  # the choice of a form is no part of a traced graph
 def shift_channels(x: Tensor, offsets: tuple[int, ...], axis: int) -> Tensor:
     """Let channel c of x (B, H, W, C) read the position `offsets[c]` further along axis 1 (rows) or 2 (columns); 0
     outside.

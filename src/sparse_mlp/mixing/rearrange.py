@@ -11,6 +11,7 @@ published order is c * region + k; the checkpoint filter reorders the weights.
 from __future__ import annotations
 
 import torch
+from timm.layers import register_notrace_function
 from torch import Tensor
 
 __all__ = ["merge_regions", "split_regions"]
@@ -25,13 +26,15 @@ def _take(x: Tensor, axis: int, start: int, length: int) -> Tensor:
     return x.index_select(axis, index)
 
 
+@register_notrace_function
 def merge_regions(x: Tensor, region: int, step: int, axis: int) -> Tensor:
     """Turn regions of `region` positions along `axis` into tokens, after moving all positions `step` places on.
 
     x (B, H, W, C) -> (B, ceil(H / region), W, region * C) for axis 1, (B, H, ceil(W / region), region * C) for axis 2.
     """
     batch, height, width, dim = x.shape
-    count = -(-x.shape[axis] // region)
+    # not -(-n // region): a converter that traces may round a negative quotient towards zero
+    count = (x.shape[axis] + region - 1) // region
     x = _take(x, axis, -step, count * region)
     if axis == 1:
         x = x.reshape(batch, count, region, width, dim).transpose(2, 3)
@@ -39,6 +42,7 @@ def merge_regions(x: Tensor, region: int, step: int, axis: int) -> Tensor:
     return x.reshape(batch, height, count, region * dim)
 
 
+@register_notrace_function
 def split_regions(x: Tensor, region: int, step: int, axis: int, size: int) -> Tensor:
     """Undo `merge_regions`: back to `size` positions along `axis`, moved `step` places back. -> (B, H, W, C)."""
     batch, height, width, dim = x.shape

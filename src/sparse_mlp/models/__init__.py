@@ -1,11 +1,18 @@
 """One file per published system; importing this package registers every model with timm."""
 
 import timm
+from timm.layers import register_notrace_function, register_notrace_module
 
+from sparse_mlp.mixing.linear import Linear, Mlp, linear
 from sparse_mlp.models import as_mlp, cycle_mlp, hire_mlp  # noqa: F401
 from sparse_mlp.models.sparse_mlp import SparseBlock, SparseMlp
 
 __all__ = ["SparseBlock", "SparseMlp", "registered_names"]
+
+# Their choice of a product is no part of a traced graph.
+register_notrace_function(linear)
+register_notrace_module(Linear)
+register_notrace_module(Mlp)
 
 
 def registered_names(pattern: str = "*") -> list[str]:

@@ -1,8 +1,8 @@
-"""What the pyramid models share: four stages, one head, timm's contract, and the reading of published checkpoints.
+"""What the pyramid models share: four stages, one head, timm's contract.
 
 Inside, feature maps are (B, H, W, C), so that every channel map is one product; `forward_features` and the
-intermediates are (B, C, H, W) views of them (channels_last). A model file adds the stem, the blocks, the norms and the
-authors' key layout.
+intermediates are (B, C, H, W) views of them (channels_last). A model file adds the stem, the blocks, the norms, the
+initialisation and the authors' key layout.
 """
 
 from __future__ import annotations
@@ -11,23 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from timm.layers import get_device_dtype
+from timm.layers import get_device_dtype, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-__all__ = [
-    "CheckpointMismatch",
-    "Pyramid",
-    "Stage",
-    "check_fit",
-    "create_pyramid",
-    "to_nchw",
-    "to_nhwc",
-    "unwrap_checkpoint",
-]
+from sparse_mlp.models._checkpoint import StateDict, names_weights, no_published_weights
 
-StateDict = dict[str, Tensor]
+__all__ = ["Pyramid", "Stage", "create_pyramid", "init_normal", "norm_nchw", "to_nchw", "to_nhwc"]
+
 STRIDES = (4, 8, 16, 32)
 MIN_SIZE = 32
 
@@ -38,6 +30,19 @@ def to_nhwc(x: Tensor) -> Tensor:
 
 def to_nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
+
+
+def norm_nchw(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a norm over (B, C, H, W), as torch's batch and group norms are, to a map (B, H, W, C)."""
+    return to_nhwc(norm(to_nchw(x)))
+
+
+def init_normal(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> None:
+    """Set a module of one of these kinds to truncated normal weights (std 0.02) and a zero bias."""
+    if isinstance(module, kinds):
+        trunc_normal_(cast(Tensor, module.weight), std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(cast(Tensor, module.bias))
 
 
 class Stage(nn.Module):
@@ -65,6 +70,9 @@ class Pyramid(nn.Module):
     sets nothing, as no weight depends on the size; it is checked, so that code written for timm's other MLPs can pass
     it.
     """
+
+    norms_nchw = False
+    """Whether the norms take (B, C, H, W) maps, as torch's batch and group norms do, and not (B, H, W, C)."""
 
     def __init__(
         self,
@@ -98,6 +106,21 @@ class Pyramid(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self._set_pool(global_pool)
         self.head = nn.Linear(dims[-1], num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Draw all weights anew and reset all statistics, as needed after the meta device and `to_empty`."""
+        for module in self.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        self.apply_initialisation()
+
+    def apply_initialisation(self) -> None:
+        """Replace torch's initial values where the authors chose others."""
+
+    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, C, H, W), normed."""
+        return norm(to_nchw(x)) if self.norms_nchw else to_nchw(norm(x))
 
     def _set_pool(self, global_pool: str) -> None:
         if global_pool not in ("avg", ""):
@@ -155,13 +178,13 @@ class Pyramid(nn.Module):
             x = stage(x)
             if i in take_indices:
                 if self.output_norms is not None:
-                    out = self.output_norms[i](x)
+                    out = self._norm(self.output_norms[i], x)
                 else:
-                    out = self.norm(x) if norm and i == last else x
-                intermediates.append(to_nchw(out) if output_fmt == "NCHW" else out)
+                    out = self._norm(self.norm, x) if norm and i == last else to_nchw(x)
+                intermediates.append(out if output_fmt == "NCHW" else to_nhwc(out))
         if intermediates_only:
             return intermediates
-        return to_nchw(self.norm(x) if i == last else x), intermediates
+        return self._norm(self.norm, x) if i == last else to_nchw(x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -186,7 +209,7 @@ class Pyramid(nn.Module):
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
-        return to_nchw(self.norm(x))
+        return self._norm(self.norm, x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.global_pool == "avg":
@@ -197,106 +220,31 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    @torch.jit.ignore
-    def read_checkpoint(self, checkpoint: Mapping[str, Any]) -> StateDict:
-        """Return the state dict in `checkpoint`, the authors' or ours, in this model's layout."""
-        raise NotImplementedError
 
-    @torch.jit.ignore
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As `nn.Module`'s, and reads the authors' layout too, through timm's `checkpoint_path` as well."""
-        return super().load_state_dict(_load(self, "", state_dict, strict), strict=strict, assign=assign)
-
-
-# --- published checkpoints ---
-
-
-class CheckpointMismatch(ValueError, RuntimeError):
-    """A state dict that does not fit a model. The key lists are its attributes `matched`, `missing`, `unexpected`."""
-
-    def __init__(self, what: str, matched: list[str], missing: list[str], unexpected: list[str]) -> None:
-        self.matched, self.missing, self.unexpected = matched, missing, unexpected
-
-        def show(keys: list[str], most: int = 20) -> str:
-            more = f" and {len(keys) - most} more" if len(keys) > most else ""
-            return f"{len(keys)} [{', '.join(keys[:most])}{more}]"
-
-        super().__init__(
-            f"the weights do not fit {what}: matched {show(matched, 5)}, missing {show(missing)}, "
-            f"unexpected {show(unexpected)}"
-        )
-
-
-def check_fit(state_dict: Mapping[str, Tensor], model: nn.Module, what: str, prefix: str = "") -> None:
-    """Raise `CheckpointMismatch` unless `state_dict` has exactly the keys and shapes of `model`.
-
-    A key whose shape differs is listed as missing and as unexpected, with the shapes.
-    """
-    have = {prefix + key: value.shape for key, value in model.state_dict().items()}
-    wrong = {key for key in have if key in state_dict and state_dict[key].shape != have[key]}
-    matched = [key for key in have if key in state_dict and key not in wrong]
-    missing = [key if key not in wrong else f"{key} {tuple(have[key])}" for key in have if key not in matched]
-    unexpected = [
-        key if key not in wrong else f"{key} {tuple(state_dict[key].shape)}" for key in state_dict if key not in matched
-    ]
-    if missing or unexpected:
-        raise CheckpointMismatch(what, matched, missing, unexpected)
-
-
-def unwrap_checkpoint(checkpoint: Mapping[str, Any], use_ema: bool = True) -> StateDict:
-    """Return the bare state dict in a checkpoint file's contents.
-
-    Takes off the wrappers `state_dict_ema` and `model_ema` (where present and `use_ema`, timm's rule), `state_dict` and
-    `model`, and the key prefixes of DDP, torch.compile and of a detector's or segmenter's `backbone`, whose other parts
-    are left out.
-    """
-    wrappers = (("state_dict_ema", "model_ema") if use_ema else ()) + ("state_dict", "model")
-    while key := next((key for key in wrappers if isinstance(checkpoint.get(key), Mapping)), None):
-        checkpoint = checkpoint[key]
-    state_dict = dict(checkpoint)
-    for prefix in ("module.", "_orig_mod.", "module.", "model.", "backbone."):
-        inside = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        if len(inside) == len(state_dict) or (inside and prefix == "backbone."):
-            state_dict = inside
-    not_tensors = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
-    if not_tensors:
-        raise ValueError(f"not a state dict: {', '.join(map(repr, not_tensors[:5]))} hold no tensors")
-    return state_dict
-
-
-def _load(body: Pyramid, prefix: str, state_dict: Mapping[str, Any], strict: bool) -> StateDict:
-    """What `module` is to load: any layout that `body` reads, in its own layout under `prefix`, checked if `strict`."""
-    ours = body.read_checkpoint(state_dict)
-    if prefix:  # a feature extractor has no use for a classifier's last parts
-        pruned = [name for name in ("norm", "head") if isinstance(getattr(body, name), nn.Identity)]
-        ours = {key: value for key, value in ours.items() if key.split(".")[0] not in pruned}
-    if strict:
-        name = getattr(body, "pretrained_cfg", {}).get("architecture") or type(body).__name__
-        check_fit(ours, body, name)
-    return {prefix + key: value for key, value in ours.items()}
-
-
-class PyramidFeatures(FeatureGetterNet):
-    """timm's feature extractor over a pyramid; loads the same layouts, and dense-prediction backbones'."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        ours = _load(cast(Pyramid, self.model), "model.", state_dict, strict)
-        return super().load_state_dict(ours, strict=strict, assign=assign)
-
-
-def create_pyramid(model_cls: type[Pyramid], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a registered variant.
+def create_pyramid(
+    model_cls: type[Pyramid],
+    variant: str,
+    pretrained: bool,
+    filter_fn: Callable[[Mapping[str, Any], nn.Module], StateDict],
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a registered variant; `filter_fn` brings published weights into our layout.
 
     `output_norms=True` belongs to `features_only=True` and is an error without it, as a classifier would never use the
-    norms.
+    norms. ValueError for that, and for `pretrained` where there are no weights to fetch.
     """
     if kwargs.get("output_norms", False) and not kwargs.get("features_only", False):
         raise ValueError(f"{variant}: output_norms=True needs features_only=True")
+    if pretrained and not names_weights(variant, kwargs):
+        raise no_published_weights(variant)
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": "getter"}
+    if kwargs.get("feature_cls", "getter") != "getter":  # the others give the stages' own outputs
+        feature_cfg["output_fmt"] = "NHWC"
     return build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=lambda state_dict, model: model.read_checkpoint(state_dict),
-        feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": PyramidFeatures},
+        pretrained_filter_fn=filter_fn,
+        feature_cfg=feature_cfg,
         **kwargs,
     )

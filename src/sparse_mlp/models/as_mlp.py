@@ -17,26 +17,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_function
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from sparse_mlp.mixing.axial_shift import axial_offsets
 from sparse_mlp.mixing.channel_shift import shift_channels
 from sparse_mlp.mixing.linear import Device, DType, Linear, Mlp
-from sparse_mlp.models._pyramid import Pyramid, Stage, StateDict, create_pyramid, to_nchw, to_nhwc, unwrap_checkpoint
+from sparse_mlp.models._checkpoint import StateDict, unwrap_checkpoint
+from sparse_mlp.models._pyramid import Pyramid, Stage, create_pyramid, init_normal, norm_nchw, to_nhwc
 
 __all__ = ["AsMlp"]
 
 
-class ImageNorm(nn.GroupNorm):
-    """Group norm with one group: statistics over all positions and channels of an image. (B, H, W, C) -> the same."""
-
-    def __init__(self, dim: int, device: Device = None, dtype: DType = None) -> None:
-        super().__init__(1, dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return to_nhwc(super().forward(to_nchw(x)))
+# The norm has one group: statistics over all positions and channels of an image.
+ImageNorm = partial(nn.GroupNorm, 1)
 
 
 class AxialShift(nn.Module):
@@ -54,10 +49,10 @@ class AxialShift(nn.Module):
         self.norm2 = ImageNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.norm1(self.conv1(x)))
+        x = F.gelu(norm_nchw(self.norm1, self.conv1(x)))
         horizontal = self.conv2_1(shift_channels(x, self.offsets, axis=2))
         vertical = self.conv2_2(shift_channels(x, self.offsets, axis=1))
-        return self.conv3(self.norm2(horizontal + vertical))
+        return self.conv3(norm_nchw(self.norm2, horizontal + vertical))
 
 
 class AsBlock(nn.Module):
@@ -81,11 +76,12 @@ class AsBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.axial_shift(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.axial_shift(norm_nchw(self.norm1, x)))
+        return x + self.drop_path(self.mlp(norm_nchw(self.norm2, x)))
 
 
-def _pad_to_multiple(x: Tensor, multiple: int, axes: tuple[int, int]) -> Tensor:
+@register_notrace_function
+def pad_to_multiple(x: Tensor, multiple: int, axes: tuple[int, int]) -> Tensor:
     """Zeros at the bottom and right, as the published dense-prediction code pads."""
     height, width = (-x.shape[axis] % multiple for axis in axes)
     if height == 0 and width == 0:
@@ -102,8 +98,8 @@ class PatchEmbed(nn.Module):
         self.norm = ImageNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _pad_to_multiple(x, 4, axes=(2, 3)).contiguous(memory_format=torch.channels_last)
-        return self.norm(to_nhwc(self.proj(x)).contiguous())
+        x = pad_to_multiple(x, 4, axes=(2, 3)).contiguous(memory_format=torch.channels_last)
+        return norm_nchw(self.norm, to_nhwc(self.proj(x)).contiguous())
 
 
 class PatchMerging(nn.Module):
@@ -115,11 +111,11 @@ class PatchMerging(nn.Module):
         self.reduction = Linear(4 * in_dim, out_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _pad_to_multiple(x, 2, axes=(1, 2))
+        x = pad_to_multiple(x, 2, axes=(1, 2))
         batch, height, width, dim = x.shape
         x = x.view(batch, height // 2, 2, width // 2, 2, dim)
         x = x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * dim)  # rows run fastest, as in Swin
-        return self.reduction(self.norm(x))
+        return self.reduction(norm_nchw(self.norm, x))
 
 
 class AsMlp(Pyramid):
@@ -129,6 +125,8 @@ class AsMlp(Pyramid):
     `shift_size`: the number of channel groups and of positions they are spread over. `drop_path_rate` is that of the
     last block; it grows from 0.
     """
+
+    norms_nchw = True
 
     def __init__(
         self,
@@ -151,17 +149,10 @@ class AsMlp(Pyramid):
             stages.append(Stage(downsample, [AsBlock(dim, shift_size, mlp_ratio, rate, **dd) for rate in rates[i]]))
         stem = PatchEmbed(in_chans, embed_dim, **dd)
         super().__init__(stem, stages, partial(ImageNorm, **dd), dims, in_chans=in_chans, **dd, **kwargs)
-        self.apply(_init_weights)
+        self.apply_initialisation()
 
-    def read_checkpoint(self, checkpoint: Mapping[str, Any]) -> StateDict:
-        return checkpoint_filter_fn(checkpoint, self)
-
-
-def _init_weights(module: nn.Module) -> None:
-    """The authors' initialisation: a normal head (std 0.02); the channel maps keep torch's."""
-    if type(module) is nn.Linear:
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+    def apply_initialisation(self) -> None:
+        init_normal(self.head)  # the channel maps, convolutions in the authors' code, keep torch's values
 
 
 _KEY_RULES = (
@@ -199,19 +190,23 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({f"as_mlp_{name}.untrained": _cfg() for name in ("tiny", "small", "base")})
 
 
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    return create_pyramid(AsMlp, variant, pretrained, checkpoint_filter_fn, **kwargs)
+
+
 @register_model
 def as_mlp_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """AS-MLP-T: 28 M parameters, 4.4 GMACs."""
-    return create_pyramid(AsMlp, "as_mlp_tiny", pretrained, **{"depths": (2, 2, 6, 2), **kwargs})
+    return _create("as_mlp_tiny", pretrained, {"depths": (2, 2, 6, 2), **kwargs})
 
 
 @register_model
 def as_mlp_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """AS-MLP-S: 50 M parameters, 8.5 GMACs."""
-    return create_pyramid(AsMlp, "as_mlp_small", pretrained, **{"depths": (2, 2, 18, 2), **kwargs})
+    return _create("as_mlp_small", pretrained, {"depths": (2, 2, 18, 2), **kwargs})
 
 
 @register_model
 def as_mlp_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """AS-MLP-B: 88 M parameters, 15.1 GMACs."""
-    return create_pyramid(AsMlp, "as_mlp_base", pretrained, **{"depths": (2, 2, 18, 2), "embed_dim": 128, **kwargs})
+    return _create("as_mlp_base", pretrained, {"depths": (2, 2, 18, 2), "embed_dim": 128, **kwargs})

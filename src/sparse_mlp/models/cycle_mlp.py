@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from sparse_mlp.mixing.cycle_fc import CycleFC, cycle_offsets
 from sparse_mlp.mixing.linear import Device, DType, Linear, Mlp
 from sparse_mlp.mixing.reweight import Reweight
-from sparse_mlp.models._pyramid import Pyramid, Stage, StateDict, create_pyramid, to_nchw, to_nhwc, unwrap_checkpoint
+from sparse_mlp.models._checkpoint import StateDict, unwrap_checkpoint
+from sparse_mlp.models._pyramid import Pyramid, Stage, create_pyramid, init_normal, to_nchw, to_nhwc
 
 __all__ = ["CycleMlp"]
 
@@ -111,18 +112,10 @@ class CycleMlp(Pyramid):
             stages.append(Stage(downsample, [CycleBlock(dim, mlp_ratios[i], rate, **dd) for rate in rates[i]]))
         stem = PatchEmbed(in_chans, dims[0], **dd)
         super().__init__(stem, stages, partial(nn.LayerNorm, **dd), dims, in_chans=in_chans, **dd, **kwargs)
-        self.apply(_init_weights)
+        self.apply_initialisation()
 
-    def read_checkpoint(self, checkpoint: Mapping[str, Any]) -> StateDict:
-        return checkpoint_filter_fn(checkpoint, self)
-
-
-def _init_weights(module: nn.Module) -> None:
-    """The authors' initialisation: normal weights (std 0.02) for linear maps; convolutions keep torch's."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def apply_initialisation(self) -> None:
+        self.apply(init_normal)  # linear maps; the convolutions keep torch's values
 
 
 _KEY_RULES = (
@@ -169,37 +162,44 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-default_cfgs = generate_default_cfgs({f"cycle_mlp_b{i}.untrained": _cfg() for i in range(1, 6)})
+_RELEASE = "https://github.com/ShoufaChen/CycleMLP/releases/download/v0.1/"  # the names hold no hash to check
+default_cfgs = generate_default_cfgs(
+    {f"cycle_mlp_b{i}.in1k": _cfg(url=f"{_RELEASE}CycleMLP_B{i}.pth") for i in range(1, 6)}
+)
+
+
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    return create_pyramid(CycleMlp, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def cycle_mlp_b1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CycleMLP-B1: 15 M parameters, 2.1 GMACs."""
-    return create_pyramid(CycleMlp, "cycle_mlp_b1", pretrained, **{"depths": (2, 2, 4, 2), **kwargs})
+    return _create("cycle_mlp_b1", pretrained, {"depths": (2, 2, 4, 2), **kwargs})
 
 
 @register_model
 def cycle_mlp_b2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CycleMLP-B2: 27 M parameters, 3.9 GMACs."""
-    return create_pyramid(CycleMlp, "cycle_mlp_b2", pretrained, **{"depths": (2, 3, 10, 3), **kwargs})
+    return _create("cycle_mlp_b2", pretrained, {"depths": (2, 3, 10, 3), **kwargs})
 
 
 @register_model
 def cycle_mlp_b3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CycleMLP-B3: 38 M parameters, 6.8 GMACs."""
     args = {"depths": (3, 4, 18, 3), "mlp_ratios": (8, 8, 4, 4)}
-    return create_pyramid(CycleMlp, "cycle_mlp_b3", pretrained, **{**args, **kwargs})
+    return _create("cycle_mlp_b3", pretrained, {**args, **kwargs})
 
 
 @register_model
 def cycle_mlp_b4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CycleMLP-B4: 52 M parameters, 10.0 GMACs."""
     args = {"depths": (3, 8, 27, 3), "mlp_ratios": (8, 8, 4, 4)}
-    return create_pyramid(CycleMlp, "cycle_mlp_b4", pretrained, **{**args, **kwargs})
+    return _create("cycle_mlp_b4", pretrained, {**args, **kwargs})
 
 
 @register_model
 def cycle_mlp_b5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CycleMLP-B5: 76 M parameters, 12.2 GMACs."""
     args = {"depths": (3, 4, 24, 3), "dims": (96, 192, 384, 768)}
-    return create_pyramid(CycleMlp, "cycle_mlp_b5", pretrained, **{**args, **kwargs})
+    return _create("cycle_mlp_b5", pretrained, {**args, **kwargs})

@@ -140,13 +140,13 @@ def drop_features(x: Tensor, rate: float) -> Tensor:
     return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape, check_invariants=False)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
     """The authors' keys are ours (mlp.fc1, mlp.fc2, mlp.layernorm, classifier); unwrap `state_dict` and `module.`."""
     inner: Any = state_dict.get("state_dict", state_dict)
     return {key.removeprefix("module."): value for key, value in inner.items()}
 
 
-def _alone(values: Tensor) -> Tensor:
+def _only_process(values: Tensor) -> Tensor:
     return values
 
 
@@ -170,7 +170,7 @@ def n_contrast(
     tau: float,
     *,
     form: Form = "published",
-    gather: Callable[[Tensor], Tensor] = _alone,
+    gather: Callable[[Tensor], Tensor] = _only_process,
     offset: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:

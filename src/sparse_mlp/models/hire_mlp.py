@@ -17,14 +17,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from sparse_mlp.mixing.linear import Device, DType, Linear, Mlp
 from sparse_mlp.mixing.rearrange import merge_regions, split_regions
 from sparse_mlp.mixing.reweight import Reweight
-from sparse_mlp.models._pyramid import Pyramid, Stage, StateDict, create_pyramid, to_nchw, to_nhwc, unwrap_checkpoint
+from sparse_mlp.models._checkpoint import StateDict, unwrap_checkpoint
+from sparse_mlp.models._pyramid import Pyramid, Stage, create_pyramid, init_normal, norm_nchw, to_nchw, to_nhwc
 
 __all__ = ["HireMlp"]
 
@@ -34,18 +35,18 @@ STEP_CYCLES = (2, 2, 3, 2)
 STEP_DILATIONS = (2, 2, 1, 1)
 
 
-class ChannelNorm(nn.BatchNorm2d):
-    """Batch norm of a (B, H, W, C) map, over B, H and W.
+@register_notrace_module
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm of a (B, C, H, W) map that also trains on a single position.
 
     One position of one image (the last stage of a 32 px image alone in its batch) has no statistics, and torch refuses
     to train on it; the running ones are used there, and left as they are.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.shape[:-1].numel() == 1:
-            x = F.batch_norm(to_nchw(x), self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-            return to_nhwc(x)
-        return to_nhwc(super().forward(to_nchw(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
 
 
 class HireMixer(nn.Module):
@@ -56,10 +57,10 @@ class HireMixer(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.region, self.step = region, step
         self.mlp_h1 = Linear(dim * region, dim // 2, bias=False, **dd)
-        self.mlp_h1_norm = ChannelNorm(dim // 2, **dd)
+        self.mlp_h1_norm = BatchNorm(dim // 2, **dd)
         self.mlp_h2 = Linear(dim // 2, dim * region, **dd)
         self.mlp_w1 = Linear(dim * region, dim // 2, bias=False, **dd)
-        self.mlp_w1_norm = ChannelNorm(dim // 2, **dd)
+        self.mlp_w1_norm = BatchNorm(dim // 2, **dd)
         self.mlp_w2 = Linear(dim // 2, dim * region, **dd)
         self.mlp_c = Linear(dim, dim, **dd)
         self.reweight = Reweight(dim, **dd)
@@ -67,10 +68,10 @@ class HireMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = merge_regions(x, self.region, self.step, axis=1)
-        h = self.mlp_h2(F.relu(self.mlp_h1_norm(self.mlp_h1(h))))
+        h = self.mlp_h2(F.relu(norm_nchw(self.mlp_h1_norm, self.mlp_h1(h))))
         h = split_regions(h, self.region, self.step, axis=1, size=x.shape[1])
         w = merge_regions(x, self.region, self.step, axis=2)
-        w = self.mlp_w2(F.relu(self.mlp_w1_norm(self.mlp_w1(w))))
+        w = self.mlp_w2(F.relu(norm_nchw(self.mlp_w1_norm, self.mlp_w1(w))))
         w = split_regions(w, self.region, self.step, axis=2, size=x.shape[2])
         return self.proj(self.reweight(h, w, self.mlp_c(x)))
 
@@ -90,15 +91,15 @@ class HireBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = ChannelNorm(dim, **dd)
+        self.norm1 = BatchNorm(dim, **dd)
         self.attn = HireMixer(dim, region, step, **dd)
-        self.norm2 = ChannelNorm(dim, **dd)
+        self.norm2 = BatchNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(norm_nchw(self.norm1, x)))
+        return x + self.drop_path(self.mlp(norm_nchw(self.norm2, x)))
 
 
 class ConvNormRelu(nn.Module):
@@ -117,11 +118,11 @@ class ConvNormRelu(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.proj = nn.Conv2d(in_dim, out_dim, kernel_size, stride, padding, **dd)
-        self.norm = ChannelNorm(out_dim, **dd)
+        self.norm = BatchNorm(out_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return F.relu(self.norm(to_nhwc(x).contiguous()))
+        return F.relu(norm_nchw(self.norm, to_nhwc(x).contiguous()))
 
 
 class Downsample(ConvNormRelu):
@@ -140,6 +141,8 @@ class HireMlp(Pyramid):
     `depths`, `dims`, `mlp_ratio`: blocks and width of each of the four stages, hidden ratio. `drop_path_rate` is that
     of the last block; it grows linearly from 0.
     """
+
+    norms_nchw = True
 
     def __init__(
         self,
@@ -164,19 +167,11 @@ class HireMlp(Pyramid):
             ]
             stages.append(Stage(downsample, blocks))
         stem = ConvNormRelu(in_chans, dims[0], kernel_size=7, stride=4, padding=2, **dd)
-        super().__init__(stem, stages, partial(ChannelNorm, **dd), dims, in_chans=in_chans, **dd, **kwargs)
-        self.apply(_init_weights)
+        super().__init__(stem, stages, partial(BatchNorm, **dd), dims, in_chans=in_chans, **dd, **kwargs)
+        self.apply_initialisation()
 
-    def read_checkpoint(self, checkpoint: Mapping[str, Any]) -> StateDict:
-        return checkpoint_filter_fn(checkpoint, self)
-
-
-def _init_weights(module: nn.Module) -> None:
-    """The authors' initialisation: every linear map and convolution normal (std 0.02) with zero bias."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def apply_initialisation(self) -> None:
+        self.apply(partial(init_normal, kinds=(nn.Linear, nn.Conv2d)))
 
 
 _KEY_RULES = (
@@ -224,26 +219,30 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    return create_pyramid(HireMlp, variant, pretrained, checkpoint_filter_fn, **kwargs)
+
+
 @register_model
 def hire_mlp_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Hire-MLP-Tiny: 18 M parameters, 2.1 GMACs."""
-    return create_pyramid(HireMlp, "hire_mlp_tiny", pretrained, **{"depths": (2, 2, 4, 2), **kwargs})
+    return _create("hire_mlp_tiny", pretrained, {"depths": (2, 2, 4, 2), **kwargs})
 
 
 @register_model
 def hire_mlp_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Hire-MLP-Small: 33 M parameters, 4.2 GMACs."""
-    return create_pyramid(HireMlp, "hire_mlp_small", pretrained, **{"depths": (3, 4, 10, 3), **kwargs})
+    return _create("hire_mlp_small", pretrained, {"depths": (3, 4, 10, 3), **kwargs})
 
 
 @register_model
 def hire_mlp_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Hire-MLP-Base: 58 M parameters, 8.1 GMACs."""
-    return create_pyramid(HireMlp, "hire_mlp_base", pretrained, **{"depths": (4, 6, 24, 3), **kwargs})
+    return _create("hire_mlp_base", pretrained, {"depths": (4, 6, 24, 3), **kwargs})
 
 
 @register_model
 def hire_mlp_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Hire-MLP-Large: 96 M parameters, 13.4 GMACs."""
     args = {"depths": (4, 6, 24, 3), "dims": (96, 192, 384, 768)}
-    return create_pyramid(HireMlp, "hire_mlp_large", pretrained, **{**args, **kwargs})
+    return _create("hire_mlp_large", pretrained, {**args, **kwargs})

@@ -25,12 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, Mlp, get_act_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import Tensor, nn
 
 from sparse_mlp.mixing.linear import Linear
 from sparse_mlp.mixing.rerepresent import Rerepresent
+from sparse_mlp.models._checkpoint import names_weights, no_published_weights, unwrap_checkpoint
 from sparse_mlp.moe import MoeMlp
 from sparse_mlp.moe.experts import GELU
 
@@ -295,9 +296,11 @@ _GOOGLE_NAMES = (
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: MlpMixer) -> dict[str, Tensor]:
     """Published Mixer and our own weights -> what `model` takes: names, and token weights at its image size.
 
-    Reads timm's layout, ours, and Google's `.npz` names. Token weights of another image size are resampled: along S
-    by interpolating over the patch grid, along S1 (which has no geometry) by repeating or averaging neighbours.
+    Reads timm's layout, ours, and Google's `.npz` names, wrapped or not. Token weights of another image size are
+    resampled: along S by interpolating over the patch grid, along S1 (which has no geometry) by repeating or averaging
+    neighbours.
     """
+    state_dict = unwrap_checkpoint(state_dict)
     if any("/" in key for key in state_dict):
         state_dict = from_google(state_dict)
     wanted = model.state_dict()
@@ -418,6 +421,9 @@ def _create(
     model_cls: type[MlpMixer], variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]
 ) -> Any:
     out_indices = kwargs.pop("out_indices", 3)
+    if pretrained and not names_weights(variant, kwargs):
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        kwargs["pretrained_cfg_overlay"] = {**overlay, **_weights_of_dense_twin(variant, {**defaults, **kwargs})}
     return build_model_with_cfg(
         model_cls,
         variant,
@@ -426,6 +432,22 @@ def _create(
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **{**defaults, **kwargs},
     )
+
+
+_DENSE_TWINS = {"sparse_mlp_b16_224": "mixer_b16_224"}
+"""timm's models with published weights that ours are without sparse blocks."""
+
+
+def _weights_of_dense_twin(variant: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the weights are that `variant` takes when it has no sparse block; RuntimeError if there are none."""
+    twin = _DENSE_TWINS.get(variant)
+    if twin is None:
+        raise no_published_weights(variant)
+    if _sparse_indices(arguments.get("sparse_blocks", 2), arguments["num_blocks"]):
+        raise RuntimeError(f"there are no published weights of {variant}; sparse_blocks=0 takes those of timm's {twin}")
+    cfg = get_pretrained_cfg(twin)
+    assert cfg is not None
+    return {"url": cfg.url, "hf_hub_id": cfg.hf_hub_id}
 
 
 @register_model

@@ -1,83 +1,124 @@
-"""Complete configurations by name: each a function that returns a `Recipe` and says in its docstring what to expect."""
+"""Complete configurations by name: each a function that returns a recipe and says in its docstring what to expect.
+
+A function that takes an argument is given what the user said so far, and fits the rest to it: the weights to begin
+with, or the images. The name of any timm model is a recipe too; see `own_images`.
+"""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
+from typing import Any
 
+import timm
+
+from sparse_mlp.data import DataConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.recipes import as_mlp, cifar, cycle_mlp, digits, finetune, headline, hire_mlp, imagenet, transfer
-from sparse_mlp.recipes.build import Job, build, build_model, check_model_name, load_model, load_weights
-from sparse_mlp.recipes.recipe import ModelConfig, Recipe, differences, from_json, to_json
-from sparse_mlp.recipes.store import load, load_data_config, load_inputs, load_model_config, save_inputs
+from sparse_mlp.jobs import ModelConfig, Recipe, override
+from sparse_mlp.jobs.classify import ClassifyRecipe
+from sparse_mlp.models import registered_names
+from sparse_mlp.recipes import (
+    as_mlp,
+    cifar,
+    cycle_mlp,
+    digits,
+    graphs,
+    hire_mlp,
+    imagenet,
+    moco,
+    own_images,
+    pretrained,
+)
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
+RECIPES: dict[str, Callable[..., Recipe]] = {
     function.__name__: function
     for function in (
         digits.digits_sparse,
         digits.digits_mixer,
+        digits.digits_moco_sparse,
         cifar.cifar10_sparse,
         cifar.cifar10_mixer,
         cifar.cifar100_sparse,
         cifar.cifar100_mixer,
+        as_mlp.cifar10_as_mlp,
+        cycle_mlp.cifar10_cycle_mlp,
+        hire_mlp.cifar10_hire_mlp,
+        moco.cifar10_moco_sparse,
+        moco.cifar10_moco_mixer,
+        pretrained.linear_probe,
+        pretrained.knn,
+        pretrained.finetune,
+        pretrained.semi_supervised,
+        pretrained.transfer_cifar10,
+        pretrained.transfer_cifar100,
+        graphs.cora,
+        graphs.citeseer,
+        graphs.pubmed,
+        graphs.photo,
+        graphs.computers,
+        graphs.cs,
+        graphs.physics,
+        graphs.graph,
         imagenet.imagenet_sparse_s,
         imagenet.imagenet_sparse_b,
         imagenet.imagenet_sparse_l,
         imagenet.imagenet_mixer_s,
         imagenet.imagenet_mixer_b,
-        as_mlp.cifar10_as_mlp,
         as_mlp.imagenet_as_mlp_tiny,
         as_mlp.imagenet_as_mlp_small,
         as_mlp.imagenet_as_mlp_base,
-        cycle_mlp.cifar10_cycle_mlp,
         cycle_mlp.imagenet_cycle_mlp_b1,
         cycle_mlp.imagenet_cycle_mlp_b2,
         cycle_mlp.imagenet_cycle_mlp_b3,
         cycle_mlp.imagenet_cycle_mlp_b4,
         cycle_mlp.imagenet_cycle_mlp_b5,
-        hire_mlp.cifar10_hire_mlp,
         hire_mlp.imagenet_hire_mlp_tiny,
         hire_mlp.imagenet_hire_mlp_small,
         hire_mlp.imagenet_hire_mlp_base,
         hire_mlp.imagenet_hire_mlp_large,
-        headline.headline_sparse,
-        headline.headline_mixer,
-        finetune.linear_probe,
-        finetune.finetune_deit,
-        transfer.transfer_cifar10,
-        transfer.transfer_cifar100,
-        transfer.transfer_cifar100_fifth,
+        moco.imagenet_moco_sparse_s,
+        moco.imagenet_moco_sparse_b,
+        moco.imagenet_moco_sparse_l,
+        moco.imagenet_moco_mixer_s,
+        moco.imagenet_moco_mixer_b,
+        moco.imagenet_moco_mixer_l,
     )
 }
 
 
-def get(name: str) -> Recipe:
-    """The recipe of that name. ValueError with the nearest names if there is none."""
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
-        raise UserError(
-            f"unknown recipe {name!r}; " + (f"nearest: {', '.join(near)}" if near else f"known: {', '.join(RECIPES)}")
-        )
-    return RECIPES[name]()
+def get(name: str, given: Any = None) -> Recipe:
+    """The recipe of that name, fitted to what was `given` (the recipe with the user's changes) where it fits itself.
+
+    UserError with the nearest names if there is neither a recipe nor a model of that name.
+    """
+    if name in RECIPES:
+        function = RECIPES[name]
+        return function(given) if given is not None and inspect.signature(function).parameters else function()
+    if timm.is_model(name):
+        default = ClassifyRecipe(name=name, model=ModelConfig(name), data=DataConfig(pretrained.NOT_GIVEN))
+        return own_images.recipe(default, given) if given is not None else default
+    near = difflib.get_close_matches(name, [*RECIPES, *registered_names()], n=3, cutoff=0.4)
+    near = near or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+    known = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(RECIPES)}, and the models of timm"
+    raise UserError(f"unknown recipe {name!r}; {known}")
 
 
-__all__ = [
-    "RECIPES",
-    "Job",
-    "ModelConfig",
-    "Recipe",
-    "build",
-    "build_model",
-    "check_model_name",
-    "differences",
-    "from_json",
-    "get",
-    "load",
-    "load_data_config",
-    "load_inputs",
-    "load_model",
-    "load_model_config",
-    "load_weights",
-    "save_inputs",
-    "to_json",
-]
+def fit(name: str, change: Callable[[Recipe], Recipe]) -> Recipe:
+    """The recipe of that name with a user's changes, which may decide what the rest of it is.
+
+    `change` puts the changes into a recipe; it is called once to see what is given, and once more for the result.
+    """
+    return change(get(name, change(get(name))))
+
+
+def recipe(name: str, /, **changes: Any) -> Recipe:
+    """A recipe by name with other values in some fields: `recipe("cifar10_sparse", train=dict(epochs=2))`.
+
+    What depends on the changed fields follows: one length replaces the other, learning rates follow the batch size.
+    UserError with the nearest names for an unknown recipe or field, or a wrong value.
+    """
+    return fit(name, lambda default: override(default, changes))
+
+
+__all__ = ["RECIPES", "fit", "get", "recipe"]

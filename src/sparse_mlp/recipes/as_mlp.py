@@ -7,13 +7,15 @@ erasing, label smoothing 0.1. They trained in mixed half precision (apex O1); he
 
 from __future__ import annotations
 
-from sparse_mlp.data import AugmentConfig, DataConfig
+from sparse_mlp.data import DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
-from sparse_mlp.recipes.recipe import ModelConfig, Recipe
+from sparse_mlp.jobs.classify import ClassifyRecipe
+from sparse_mlp.jobs.recipe import ModelConfig
+from sparse_mlp.recipes.augmentation import DEIT, SMALL_IMAGES
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 
-def imagenet_as_mlp_tiny() -> Recipe:
+def imagenet_as_mlp_tiny() -> ClassifyRecipe:
     """AS-MLP-T on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 81.3 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_as_mlp_tiny --data.root /path/to/imagenet
@@ -21,7 +23,7 @@ def imagenet_as_mlp_tiny() -> Recipe:
     return _imagenet("as_mlp_tiny", drop_path_rate=0.2)
 
 
-def imagenet_as_mlp_small() -> Recipe:
+def imagenet_as_mlp_small() -> ClassifyRecipe:
     """AS-MLP-S on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 83.1 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_as_mlp_small --data.root /path/to/imagenet
@@ -29,7 +31,7 @@ def imagenet_as_mlp_small() -> Recipe:
     return _imagenet("as_mlp_small", drop_path_rate=0.3)
 
 
-def imagenet_as_mlp_base() -> Recipe:
+def imagenet_as_mlp_base() -> ClassifyRecipe:
     """AS-MLP-B on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 83.3 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_as_mlp_base --data.root /path/to/imagenet
@@ -37,20 +39,12 @@ def imagenet_as_mlp_base() -> Recipe:
     return _imagenet("as_mlp_base", drop_path_rate=0.5)
 
 
-def _imagenet(model: str, drop_path_rate: float) -> Recipe:
-    return Recipe(
+def _imagenet(model: str, drop_path_rate: float) -> ClassifyRecipe:
+    return ClassifyRecipe(
         name=f"imagenet_{model}",
         model=ModelConfig(model, {"drop_path_rate": drop_path_rate}),
         data=DataConfig(name="folder", image_size=224, batch_size=1024, workers=16),
-        augment=AugmentConfig(
-            crop_scale=(0.08, 1.0),
-            crop_ratio=(3 / 4, 4 / 3),
-            flip=0.5,
-            auto_augment="rand-m9-mstd0.5-inc1",
-            erase=0.25,
-            mixup=0.8,
-            cutmix=1.0,
-        ),
+        augment=DEIT,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(opt="adamw", lr=1e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-5),
@@ -58,16 +52,16 @@ def _imagenet(model: str, drop_path_rate: float) -> Recipe:
     )
 
 
-def cifar10_as_mlp() -> Recipe:
+def cifar10_as_mlp() -> ClassifyRecipe:
     """A small AS-MLP on CIFAR-10 at 32 px in 15 minutes of training; downloads the set where it is missing.
 
     sparse-mlp train cifar10_as_mlp
     """
-    return Recipe(
+    return ClassifyRecipe(
         name="cifar10_as_mlp",
         model=ModelConfig("as_mlp_tiny", {"depths": [2, 2, 2, 2], "embed_dim": 32}),
         data=DataConfig(name="cifar10", batch_size=128, download=True),
-        augment=AugmentConfig(pad=4, flip=0.5),
+        augment=SMALL_IMAGES,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(lr=1e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=0.5),

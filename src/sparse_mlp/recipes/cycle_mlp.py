@@ -8,13 +8,15 @@ The moving average they keep beside is left out, as their figures are of the pla
 
 from __future__ import annotations
 
-from sparse_mlp.data import AugmentConfig, DataConfig
+from sparse_mlp.data import DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
-from sparse_mlp.recipes.recipe import ModelConfig, Recipe
+from sparse_mlp.jobs.classify import ClassifyRecipe
+from sparse_mlp.jobs.recipe import ModelConfig
+from sparse_mlp.recipes.augmentation import DEIT, SMALL_IMAGES
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 
-def imagenet_cycle_mlp_b1() -> Recipe:
+def imagenet_cycle_mlp_b1() -> ClassifyRecipe:
     """CycleMLP-B1 on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 78.9 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_cycle_mlp_b1 --data.root /path/to/imagenet
@@ -22,7 +24,7 @@ def imagenet_cycle_mlp_b1() -> Recipe:
     return _imagenet("cycle_mlp_b1")
 
 
-def imagenet_cycle_mlp_b2() -> Recipe:
+def imagenet_cycle_mlp_b2() -> ClassifyRecipe:
     """CycleMLP-B2 on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 81.6 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_cycle_mlp_b2 --data.root /path/to/imagenet
@@ -30,7 +32,7 @@ def imagenet_cycle_mlp_b2() -> Recipe:
     return _imagenet("cycle_mlp_b2")
 
 
-def imagenet_cycle_mlp_b3() -> Recipe:
+def imagenet_cycle_mlp_b3() -> ClassifyRecipe:
     """CycleMLP-B3 on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 82.4 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_cycle_mlp_b3 --data.root /path/to/imagenet
@@ -38,7 +40,7 @@ def imagenet_cycle_mlp_b3() -> Recipe:
     return _imagenet("cycle_mlp_b3")
 
 
-def imagenet_cycle_mlp_b4() -> Recipe:
+def imagenet_cycle_mlp_b4() -> ClassifyRecipe:
     """CycleMLP-B4 on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 83.0 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_cycle_mlp_b4 --data.root /path/to/imagenet
@@ -46,7 +48,7 @@ def imagenet_cycle_mlp_b4() -> Recipe:
     return _imagenet("cycle_mlp_b4")
 
 
-def imagenet_cycle_mlp_b5() -> Recipe:
+def imagenet_cycle_mlp_b5() -> ClassifyRecipe:
     """CycleMLP-B5 on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 83.2 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_cycle_mlp_b5 --data.root /path/to/imagenet
@@ -54,20 +56,12 @@ def imagenet_cycle_mlp_b5() -> Recipe:
     return _imagenet("cycle_mlp_b5")
 
 
-def _imagenet(model: str) -> Recipe:
-    return Recipe(
+def _imagenet(model: str) -> ClassifyRecipe:
+    return ClassifyRecipe(
         name=f"imagenet_{model}",
         model=ModelConfig(model, {"drop_path_rate": 0.1}),
         data=DataConfig(name="folder", image_size=224, batch_size=1024, repeats=3, workers=16),
-        augment=AugmentConfig(
-            crop_scale=(0.08, 1.0),
-            crop_ratio=(3 / 4, 4 / 3),
-            flip=0.5,
-            auto_augment="rand-m9-mstd0.5-inc1",
-            erase=0.25,
-            mixup=0.8,
-            cutmix=1.0,
-        ),
+        augment=DEIT,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(opt="adamw", lr=1e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5),
@@ -75,16 +69,16 @@ def _imagenet(model: str) -> Recipe:
     )
 
 
-def cifar10_cycle_mlp() -> Recipe:
+def cifar10_cycle_mlp() -> ClassifyRecipe:
     """A small CycleMLP on CIFAR-10 at 32 px in 15 minutes of training; downloads the set where it is missing.
 
     sparse-mlp train cifar10_cycle_mlp
     """
-    return Recipe(
+    return ClassifyRecipe(
         name="cifar10_cycle_mlp",
         model=ModelConfig("cycle_mlp_b1", {"depths": [2, 2, 2, 2], "dims": [32, 64, 128, 256]}),
         data=DataConfig(name="cifar10", batch_size=128, download=True),
-        augment=AugmentConfig(pad=4, flip=0.5),
+        augment=SMALL_IMAGES,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(lr=1e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=0.5),

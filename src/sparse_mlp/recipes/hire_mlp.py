@@ -9,13 +9,15 @@ times in a batch (repeated augmentation). The 10 epochs at the lowest rate that 
 
 from __future__ import annotations
 
-from sparse_mlp.data import AugmentConfig, DataConfig
+from sparse_mlp.data import DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
-from sparse_mlp.recipes.recipe import ModelConfig, Recipe
+from sparse_mlp.jobs.classify import ClassifyRecipe
+from sparse_mlp.jobs.recipe import ModelConfig
+from sparse_mlp.recipes.augmentation import DEIT, SMALL_IMAGES
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 
-def imagenet_hire_mlp_tiny() -> Recipe:
+def imagenet_hire_mlp_tiny() -> ClassifyRecipe:
     """Hire-MLP-Tiny on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 79.7 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_hire_mlp_tiny --data.root /path/to/imagenet
@@ -23,7 +25,7 @@ def imagenet_hire_mlp_tiny() -> Recipe:
     return _imagenet("hire_mlp_tiny", drop_path_rate=0.0, batch_size=2048, lr=2e-3)
 
 
-def imagenet_hire_mlp_small() -> Recipe:
+def imagenet_hire_mlp_small() -> ClassifyRecipe:
     """Hire-MLP-Small on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 82.1 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_hire_mlp_small --data.root /path/to/imagenet
@@ -31,7 +33,7 @@ def imagenet_hire_mlp_small() -> Recipe:
     return _imagenet("hire_mlp_small", drop_path_rate=0.1)
 
 
-def imagenet_hire_mlp_base() -> Recipe:
+def imagenet_hire_mlp_base() -> ClassifyRecipe:
     """Hire-MLP-Base on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 83.2 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_hire_mlp_base --data.root /path/to/imagenet
@@ -39,7 +41,7 @@ def imagenet_hire_mlp_base() -> Recipe:
     return _imagenet("hire_mlp_base", drop_path_rate=0.2)
 
 
-def imagenet_hire_mlp_large() -> Recipe:
+def imagenet_hire_mlp_large() -> ClassifyRecipe:
     """Hire-MLP-Large on ImageNet-1k, 300 epochs, for a machine of several GPUs. Top-1 83.8 % (the authors' figure).
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_hire_mlp_large --data.root /path/to/imagenet
@@ -47,20 +49,12 @@ def imagenet_hire_mlp_large() -> Recipe:
     return _imagenet("hire_mlp_large", drop_path_rate=0.3)
 
 
-def _imagenet(model: str, drop_path_rate: float, batch_size: int = 1024, lr: float = 1e-3) -> Recipe:
-    return Recipe(
+def _imagenet(model: str, drop_path_rate: float, batch_size: int = 1024, lr: float = 1e-3) -> ClassifyRecipe:
+    return ClassifyRecipe(
         name=f"imagenet_{model}",
         model=ModelConfig(model, {"drop_path_rate": drop_path_rate}),
         data=DataConfig(name="folder", image_size=224, batch_size=batch_size, repeats=3, workers=16),
-        augment=AugmentConfig(
-            crop_scale=(0.08, 1.0),
-            crop_ratio=(3 / 4, 4 / 3),
-            flip=0.5,
-            auto_augment="rand-m9-mstd0.5-inc1",
-            erase=0.25,
-            mixup=0.8,
-            cutmix=1.0,
-        ),
+        augment=DEIT,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(opt="adamw", lr=lr, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-5),
@@ -68,16 +62,16 @@ def _imagenet(model: str, drop_path_rate: float, batch_size: int = 1024, lr: flo
     )
 
 
-def cifar10_hire_mlp() -> Recipe:
+def cifar10_hire_mlp() -> ClassifyRecipe:
     """A small Hire-MLP on CIFAR-10 at 32 px in 15 minutes of training; downloads the set where it is missing.
 
     sparse-mlp train cifar10_hire_mlp
     """
-    return Recipe(
+    return ClassifyRecipe(
         name="cifar10_hire_mlp",
         model=ModelConfig("hire_mlp_tiny", {"depths": [2, 2, 2, 2], "dims": [32, 64, 128, 256]}),
         data=DataConfig(name="cifar10", batch_size=128, download=True),
-        augment=AugmentConfig(pad=4, flip=0.5),
+        augment=SMALL_IMAGES,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(lr=1e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=0.5),

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from sparse_mlp.data import AugmentConfig, DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
-from sparse_mlp.recipes.recipe import ModelConfig, Recipe
+from sparse_mlp.jobs.classify import ClassifyRecipe
+from sparse_mlp.jobs.recipe import ModelConfig
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 
-def imagenet_sparse_s() -> Recipe:
+def imagenet_sparse_s() -> ClassifyRecipe:
     """Sparse-S/16 on ImageNet-1k, 300 epochs, for a machine of several GPUs.
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_sparse_s --data.root /path/to/imagenet
@@ -22,7 +23,7 @@ def imagenet_sparse_s() -> Recipe:
     return _imagenet("imagenet_sparse_s", "sparse_mlp_s16_224")
 
 
-def imagenet_sparse_b() -> Recipe:
+def imagenet_sparse_b() -> ClassifyRecipe:
     """Sparse-B/16 on ImageNet-1k, 300 epochs, for a machine of several GPUs.
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_sparse_b --data.root /path/to/imagenet
@@ -30,7 +31,7 @@ def imagenet_sparse_b() -> Recipe:
     return _imagenet("imagenet_sparse_b", "sparse_mlp_b16_224")
 
 
-def imagenet_sparse_l() -> Recipe:
+def imagenet_sparse_l() -> ClassifyRecipe:
     """Sparse-L/16 on ImageNet-1k, 300 epochs, for a machine of several GPUs.
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_sparse_l --data.root /path/to/imagenet
@@ -38,7 +39,7 @@ def imagenet_sparse_l() -> Recipe:
     return _imagenet("imagenet_sparse_l", "sparse_mlp_l16_224")
 
 
-def imagenet_mixer_s() -> Recipe:
+def imagenet_mixer_s() -> ClassifyRecipe:
     """Mixer-S/16 on ImageNet-1k, 300 epochs, for a machine of several GPUs.
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_mixer_s --data.root /path/to/imagenet
@@ -46,7 +47,7 @@ def imagenet_mixer_s() -> Recipe:
     return _imagenet("imagenet_mixer_s", "mixer_s16_224")
 
 
-def imagenet_mixer_b() -> Recipe:
+def imagenet_mixer_b() -> ClassifyRecipe:
     """Mixer-B/16 on ImageNet-1k, 300 epochs, for a machine of several GPUs.
 
     torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_mixer_b --data.root /path/to/imagenet
@@ -54,8 +55,8 @@ def imagenet_mixer_b() -> Recipe:
     return _imagenet("imagenet_mixer_b", "mixer_b16_224")
 
 
-def _imagenet(name: str, model: str) -> Recipe:
-    return Recipe(
+def _imagenet(name: str, model: str) -> ClassifyRecipe:
+    return ClassifyRecipe(
         name=name,
         model=ModelConfig(model, {"drop_path_rate": 0.1, "nlhb": True}),
         data=DataConfig(

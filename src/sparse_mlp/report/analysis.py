@@ -1,4 +1,4 @@
-"""The numbers behind the figures: confusion, accuracy per class, calibration, balance. Plain NumPy, no drawing."""
+"""The numbers behind the figures: confusion, accuracy per class, calibration, balance. No drawing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binned_statistic, binomtest
+from sklearn.metrics import confusion_matrix as count_pairs
 
-from sparse_mlp.report.run import Floats, Ints, Predictions
+from sparse_mlp.report.predictions import Floats, Ints, Predictions
 
 DEAD = 0.05  # an expert with less than this share of its fair load counts as dead
 
@@ -15,8 +17,9 @@ DEAD = 0.05  # an expert with less than this share of its fair load counts as de
 def confusion_matrix(predictions: Predictions) -> Ints:
     """Return counts (classes, classes); row = true class, column = predicted class."""
     size = predictions.num_classes
-    flat = np.bincount(predictions.target * size + predictions.predicted, minlength=size * size)
-    return flat.reshape(size, size).astype(np.int64)
+    if not len(predictions.target):
+        return np.zeros((size, size), np.int64)
+    return count_pairs(predictions.target, predictions.predicted, labels=np.arange(size))
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,14 @@ class ClassAccuracy:
 
 def class_accuracy(confusion: Ints) -> ClassAccuracy:
     """Return the accuracy of every class (NaN where it has no image) with Wilson's 95 % interval (Wilson 1927)."""
-    images = confusion.sum(axis=1)
-    n = np.where(images > 0, images, np.nan)
-    p, z = np.diag(confusion) / n, 1.959964
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    images, right = confusion.sum(axis=1), np.diag(confusion)
+    accuracy, low, high = (np.full(len(images), np.nan) for _ in range(3))
     present = np.flatnonzero(images)
-    order = present[np.lexsort((present, -p[present]))]
-    return ClassAccuracy(p, np.minimum(centre - half, p), np.maximum(centre + half, p), images, order)
+    for c in present:
+        accuracy[c] = right[c] / images[c]
+        low[c], high[c] = binomtest(int(right[c]), int(images[c])).proportion_ci(0.95, method="wilson")
+    order = present[np.lexsort((present, -accuracy[present]))]
+    return ClassAccuracy(accuracy, low, high, images, order)
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,12 @@ class Calibration:
 
 def calibration(predictions: Predictions, bins: int = 10) -> Calibration:
     """Return the reliability of the probabilities in equal bins over 0..1 (Guo et al. 2017, equation 3)."""
-    edges = np.linspace(0.0, 1.0, bins + 1)
-    where = np.clip(np.searchsorted(edges, predictions.probability, side="left") - 1, 0, bins - 1)
-    images = np.bincount(where, minlength=bins)
-    n = np.where(images > 0, images, np.nan)
-    confidence = np.bincount(where, weights=predictions.probability, minlength=bins) / n
-    accuracy = np.bincount(where, weights=predictions.correct, minlength=bins) / n
+    columns = [predictions.probability, predictions.correct.astype(np.float64)]
+    found = binned_statistic(predictions.probability, columns, "mean", bins, (0, 1))
+    images, _ = np.histogram(predictions.probability, bins, (0, 1))
+    confidence, accuracy = found.statistic
     error = float(np.nansum(np.abs(accuracy - confidence) * images) / max(1, images.sum()))
-    return Calibration(confidence, accuracy, images, edges, error)
+    return Calibration(confidence, accuracy, images, found.bin_edges, error)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from matplotlib.ticker import FuncFormatter
 
 from sparse_mlp.report.analysis import Calibration, ClassAccuracy, confused_classes
 from sparse_mlp.report.curves import percent, plain, round_ticks
-from sparse_mlp.report.run import Ints
+from sparse_mlp.report.predictions import Ints
 from sparse_mlp.report.style import BLUE, GRID, INK, MUTED, ORANGE, clip, panel, styled, title
 
 MANY_CLASSES = 30  # more, and only the worst are shown
 WORST_BARS = 25
 WORST_MATRIX = 20
-_NAME_WIDTH = 20  # characters
+_NAME_WIDTH = 28  # characters
 
 
 def _name_margin(names: Sequence[str]) -> float:

@@ -1,71 +1,151 @@
-"""The sections on the experts: their load over training, and where the patches and channels of test images went."""
+"""The sections on the experts: their load, and where the patches and channels of test images went."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
 
-from sparse_mlp.report import page
 from sparse_mlp.report.analysis import balance
-from sparse_mlp.report.curves import MANY_EXPERTS, importance_figure, load_figure, router_figure
-from sparse_mlp.report.page import TITLES, Figures
+from sparse_mlp.report.loads import (
+    MANY_EXPERTS,
+    importance_figure,
+    layers_figure,
+    load_figure,
+    loads_over_time_figure,
+    router_figure,
+)
+from sparse_mlp.report.page import Drawing, Figures, Picture, Swatch, image
 from sparse_mlp.report.pictures import channels_figure, full_scale, overlays, patches_figure, patterns_figure
-from sparse_mlp.report.routing import ChannelRouting, Traced, trace
-from sparse_mlp.report.run import Ints, Routing, Run
+from sparse_mlp.report.predictions import Floats, Ints
+from sparse_mlp.report.routing import ChannelRouting, MeasuredLoad, Traced, trace
+from sparse_mlp.report.run import Routing, Run
 from sparse_mlp.report.samples import Pixels, Samples, example_rows, picture
 from sparse_mlp.report.style import expert_colours
 
 _KINDS = {"mlp_tokens": "token mixing: routes channels", "mlp_channels": "channel mixing: routes tokens"}
+_FEW_LAYERS = 2  # of more layers all are drawn in one map
 
 
-def load_section(run: Run, figures: Figures) -> str:
-    """Return the section on the load of every MoE layer, or nothing for a dense model."""
-    if not run.routing:
-        return ""
+@dataclass(frozen=True)
+class LayerLoad:
+    """A layer with figures of its own."""
+
+    name: str
+    aside: str
+    lead: str
+    drawings: list[Drawing]
+
+
+@dataclass(frozen=True)
+class LoadSection:
+    """Load of the experts: a table and maps of all layers, or each of few layers by itself.
+
+    A row of the table is layer, part, experts, busiest, quietest, idle, dropped and, where it was measured, entropy.
+    """
+
+    lead: str
+    table: list[list[str]] = field(default_factory=list)
+    maps: list[Drawing] = field(default_factory=list)
+    layers: list[LayerLoad] = field(default_factory=list)
+
+
+def load_section(run: Run, figures: Figures) -> LoadSection | None:
+    """Return the load of every MoE layer over the training; None where none was measured."""
+    layers = run.routing
+    if not layers:
+        return None
     lead = (
         "What the routers did while training, each point a single batch. Numbers in the text are means over the last "
         "tenth of the training; an expert under 5 % of its fair share counts as idle."
     )
-    parts = [
-        part
-        for i, (name, routing) in enumerate(run.routing.items())
-        for part in _layer_load(name, routing, figures, captions=i == 0)
+    if len(layers) <= _FEW_LAYERS:
+        blocks = [
+            _layer_load(name, routing, figures, captions=i == 0) for i, (name, routing) in enumerate(layers.items())
+        ]
+        return LoadSection(lead, layers=blocks)
+    loads = {name: routing.final_load() for name, routing in layers.items()}
+    table = [
+        [*_table_row(name, loads[name]), _share(_mean(routing.dropped)), _number(_mean(routing.entropy[-10:]))]
+        for name, routing in layers.items()
     ]
-    return page.section("load", TITLES["load"], lead, *parts)
+    maps = [
+        figures.add(layers_figure(loads), "load_layers", "White: the fair share. A row is a layer.", scroll="scroll"),
+        figures.add(
+            loads_over_time_figure(layers),
+            "load_over_time",
+            "A band is a layer, a row in it an expert. A white field is balance; a stripe is an expert that stays "
+            "busier or idler than the others.",
+            scroll="scroll",
+        ),
+    ]
+    return LoadSection(lead, table, maps)
 
 
-def _layer_load(name: str, routing: Routing, figures: Figures, *, captions: bool) -> list[str]:
+def measured_section(loads: Mapping[str, MeasuredLoad], images: int, figures: Figures) -> LoadSection | None:
+    """Return the load of every MoE layer on test images, for a run whose training measured none."""
+    if not loads:
+        return None
+    lead = (
+        f"The layers with experts did not train, so nothing was measured in training. This is what their routers do "
+        f"with {images:,} of the test images; an expert under 5 % of its fair share counts as idle."
+    )
+    table = [[*_table_row(name, found.load), _share(found.dropped)] for name, found in loads.items()]
+    shown = {name: found.load for name, found in loads.items()}
+    drawn = figures.add(
+        layers_figure(shown, "on test images"),
+        "load_layers",
+        "White: the fair share. A row is a layer.",
+        scroll="scroll",
+    )
+    return LoadSection(lead, table, [drawn])
+
+
+def _table_row(name: str, load: Floats) -> list[str]:
+    found = balance(load)
+    idle = ", ".join(map(str, found.dead)) or "none"
+    kind = _KINDS.get(name.rpartition(".")[2], "").partition(":")[0]
+    return [name, kind, str(len(load)), f"{found.busiest:.2f}", f"{found.quietest:.2f}", idle]
+
+
+def _mean(values: Floats) -> float | None:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2g} %"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _layer_load(name: str, routing: Routing, figures: Figures, *, captions: bool) -> LayerLoad:
     kind = _KINDS.get(name.rpartition(".")[2], "")
-    told = ", ".join(part for part in (kind, f"{routing.num_experts} experts") if part)
-    dropped = float(np.nanmean(routing.dropped)) if np.isfinite(routing.dropped).any() else 0.0
-    drops = "Nothing was dropped." if dropped == 0 else f"On average {100 * dropped:.2g} % was dropped."
+    aside = ", ".join(part for part in (kind, f"{routing.num_experts} experts") if part)
+    dropped = _mean(routing.dropped)
+    drops = "" if dropped is None else f" On average {100 * dropped:.2g} % was dropped."
+    drops = " Nothing was dropped." if dropped == 0 else drops
     key = _file_name(name)
     shares = "Share of the assignments each expert got. Dotted: where the borders are in perfect balance."
     if routing.num_experts > MANY_EXPERTS:
         shares = "Each row is an expert; an even field is balance."
+    importance = "Bar: load. Dot: importance, the router's mean probability. Dashed: the fair share."
+    entropy = "Entropy 1: the router cannot tell the experts apart; 0: it is sure of every item."
     drawn = [
         (load_figure(routing, "Load per expert"), f"load_{key}", shares),
-        (
-            importance_figure(routing),
-            f"importance_{key}",
-            "Bar: load. Dot: importance, the router's mean probability. Dashed: the fair share.",
-        ),
-        (
-            router_figure(routing),
-            f"router_{key}",
-            "Entropy 1: the router cannot tell the experts apart; 0: it is sure of every item.",
-        ),
+        (importance_figure(routing), f"importance_{key}", importance),
+        (router_figure(routing), f"router_{key}", entropy),
     ]
-    return [
-        f'<h3>{escape(name)} <span class="aside">{escape(told)}</span></h3>',
-        f'<p class="lead">{escape(balance(routing.final_load()).sentence())} {drops}</p>',
-        page.row(figures.add(figure, name, caption if captions else "") for figure, name, caption in drawn),
-    ]
+    return LayerLoad(
+        name,
+        aside,
+        f"{balance(routing.final_load()).sentence()}{drops}",
+        [figures.add(figure, name, caption if captions else "") for figure, name, caption in drawn],
+    )
 
 
 @dataclass(frozen=True)
@@ -96,59 +176,71 @@ def trace_examples(run: Run, model: nn.Module, samples: Samples, names: Sequence
     return Examples(pictures, targets[rows], names, traced)
 
 
-def patches_section(examples: Examples, figures: Figures) -> str:
-    """Return the section with the experts of the patches drawn over the images, or nothing without such layers."""
+@dataclass(frozen=True)
+class Card:
+    """One test image with what is shown of it; `right` colours the heading."""
+
+    title: str
+    aside: str
+    right: bool
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class PatchesSection:
+    """The experts of the patches drawn over the images."""
+
+    lead: str
+    key: list[Swatch]
+    cards: list[Card]
+
+
+def patches_section(examples: Examples, figures: Figures) -> PatchesSection | None:
+    """Return where the patches of the images went; None without layers that route patches."""
     traced = examples.traced
     if not traced.patches or traced.grid is None:
-        return ""
+        return None
     pictures = examples.pictures
     figures.save(patches_figure(traced.patches, pictures, examples.labels, traced.grid), "routing_patches")
     painted = {layer.layer: overlays(layer, pictures, traced.grid) for layer in traced.patches}
     cards = [_card(examples, i, {layer: drawn[i] for layer, drawn in painted.items()}) for i in range(len(pictures))]
     experts = max(layer.num_experts for layer in traced.patches)
-    names = [f"expert {e}" for e in range(experts)]
-    key = page.colour_key(expert_colours(experts), names) if experts <= MANY_EXPERTS else ""
-    grid = f'<div class="samples" style="--n:{1 + len(painted)}">{"".join(cards)}</div>'
-    return page.section("patches", TITLES["patches"], _patches_lead(traced), key, grid)
+    named = [Swatch(colour, f"expert {e}") for e, colour in enumerate(expert_colours(experts))]
+    return PatchesSection(_patches_lead(traced), named if experts <= MANY_EXPERTS else [], cards)
 
 
-def _card(examples: Examples, i: int, painted: dict[str, Pixels]) -> str:
+def _card(examples: Examples, i: int, painted: dict[str, Pixels]) -> Card:
     """Return one image, the same painted by every layer, and whether the model recognised it."""
     logits, target = examples.traced.logits[i], int(examples.targets[i])
     winner, label = int(logits.argmax()), examples.names[target]
     probability = 1 / np.exp(logits - logits.max()).sum()
-    drawn = [page.image(examples.pictures[i], f"test image of class {label}", "image")]
-    drawn += [
-        page.image(pixels, f"experts of the patches in {layer}", _block(layer)) for layer, pixels in painted.items()
-    ]
-    told = "recognised" if winner == target else f"taken for {examples.names[winner]}"
-    head = f'{escape(label)} <span class="aside">{escape(told)}, p = {probability:.2f}</span>'
-    kind = "right" if winner == target else "wrong"
-    return f'<article class="sample"><h3 class="{kind}">{head}</h3><div>{"".join(drawn)}</div></article>'
+    drawn = [image(examples.pictures[i], f"test image of class {label}", "image")]
+    drawn += [image(pixels, f"experts of the patches in {layer}", _block(layer)) for layer, pixels in painted.items()]
+    answer = "recognised" if winner == target else f"taken for {examples.names[winner]}"
+    return Card(label, f"{answer}, p = {probability:.2f}", winner == target, drawn)
 
 
 def _patches_lead(traced: Traced) -> str:
     if all(layer.exact for layer in traced.patches):
         return (
             "The channel-mixing experts route the patches themselves. Colour: the expert with the largest gate in a "
-            "patch; opacity: its share of the patch's gates. Experts of different layers have nothing in common but "
-            "the colour."
+            "patch; area of the square: its share of the patch's gates. Experts of different layers have nothing in "
+            "common but the colour."
         )
     tops = ", ".join(f"{_block(layer.layer)}: {100 * full_scale(layer):.1f}" for layer in traced.patches)
     return (
         "The channel-mixing experts do not route patches but re-represented tokens, each a learned mix of all patches, "
         "so no patch belongs to one expert. Drawn is an attribution: a patch counts for an expert by the gates of the "
         "tokens that went there, each times the size of the weight with which the token reads the patch. Colour: the "
-        "expert whose share in the patch lies furthest above its mean over the image. Opacity: by how much; it is full "
-        f"for the strongest tenth of a layer's patches ({tops} percentage points or more). Earlier layers have mixed "
-        "the patches already, and experts of different layers have nothing in common but the colour."
+        "expert whose share in the patch lies furthest above its mean over the image. Area of the square: by how much; "
+        f"it is largest for the strongest tenth of a layer's patches ({tops} percentage points or more). Earlier "
+        "layers have mixed the patches already, and experts of different layers have nothing in common but the colour."
     )
 
 
-_STRIPES = (
-    "Above: colour = expert, a row for each image. A stripe of one colour is a channel that goes to the same expert "
-    "whatever the image. Below: the mean gate over these images, and each expert's share of the channels; dashed: the "
-    "fair share."
+_SHARES = (
+    "A row is an expert, a column a channel; the darker a cell, the more of the images send the channel there. A "
+    "column with one dark cell is a channel that goes to the same expert whatever the image."
 )
 _PATTERNS = (
     "Mean strength of an expert's channels over the patches (its shape only), relative to all channels. Orange: "
@@ -156,44 +248,32 @@ _PATTERNS = (
 )
 
 
-def channels_section(examples: Examples, figures: Figures) -> str:
-    """Return the section on where the channels of the images went, or nothing without such layers."""
+def channels_section(examples: Examples, figures: Figures) -> LoadSection | None:
+    """Return where the channels of the images went; None without layers that route channels."""
     traced = examples.traced
     if not traced.channels or traced.grid is None:
-        return ""
+        return None
     lead = (
         "The token-mixing experts route channels: each channel is a vector over the tokens, and different experts mix "
         "it differently across the image. Shown for the images above."
     )
-    labels = examples.labels
-    parts = [
-        _layer_channels(routing, labels, traced.grid, figures, captions=i == 0)
-        for i, routing in enumerate(traced.channels)
-    ]
-    return page.section("channels", TITLES["channels"], lead, *parts)
+    layers = [_layer_channels(layer, traced.grid, figures, captions=i == 0) for i, layer in enumerate(traced.channels)]
+    return LoadSection(lead, layers=layers)
 
 
-def _layer_channels(
-    routing: ChannelRouting, labels: Sequence[str], grid: tuple[int, int], figures: Figures, *, captions: bool
-) -> str:
+def _layer_channels(routing: ChannelRouting, grid: tuple[int, int], figures: Figures, *, captions: bool) -> LayerLoad:
     key = _file_name(routing.layer)
     changing = float((routing.gates.argmax(-1) != routing.gates.mean(0).argmax(-1)).mean())
-    told = f"{routing.gates.shape[1]} channels, {routing.num_experts} experts"
-    stripes = figures.add(
-        channels_figure(routing, labels),
-        f"channels_{key}",
-        _STRIPES if captions else "",
-        scroll="scroll far",
-    )
-    patterns = figures.add(
-        patterns_figure(routing, grid),
-        f"patterns_{key}",
-        _PATTERNS if captions else "",
-    )
-    return (
-        f'<h3>{escape(routing.layer)} <span class="aside">{escape(told)}</span></h3>'
-        f'<p class="lead">The routing depends on the image: on average {100 * changing:.0f} % of its channels leave '
-        f"the expert they favour over all these images.</p>{page.row([stripes, patterns], 'wide')}"
+    shares, patterns = (_SHARES, _PATTERNS) if captions else ("", "")
+    return LayerLoad(
+        routing.layer,
+        f"{routing.gates.shape[1]} channels, {routing.num_experts} experts",
+        f"The routing depends on the image: on average {100 * changing:.0f} % of its channels leave the expert they "
+        "favour over all these images.",
+        [
+            figures.add(channels_figure(routing), f"channels_{key}", shares, scroll="scroll far"),
+            figures.add(patterns_figure(routing, grid), f"patterns_{key}", patterns),
+        ],
     )
 
 

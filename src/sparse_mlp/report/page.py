@@ -1,23 +1,25 @@
-"""The pieces of the HTML page. Everything that comes from a file or a caller is escaped here, nowhere else."""
+"""Pages: the templates, what they are filled with, and how numbers are written. Jinja escapes every text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sparse_mlp.report.samples import Pixels, data_uri
-from sparse_mlp.report.style import save_png, to_svg
+from sparse_mlp.report.style import save_png, save_svg, to_svg
 
 NONE, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
-# Sections of a run's report: anchors and titles.
+# Sections: anchors and titles.
 TITLES = {
+    "last": "Last evaluation",
     "curves": "Training",
     "map": "Where the test images lie",
     "neighbours": "Nearest neighbours",
@@ -25,119 +27,113 @@ TITLES = {
     "load": "Load of the experts",
     "patches": "Where patches go",
     "channels": "Where channels go",
+    "accuracy": "Test accuracy",
+    "loss": "Training loss",
 }
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A figure on a page. `scroll` is "scroll" or "scroll far" where a narrow screen scrolls it, not shrinks it."""
+
+    name: str
+    svg: Markup
+    caption: str
+    alt: str
+    scroll: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A small image on a page; `uri` holds its pixels."""
+
+    uri: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Swatch:
+    """One entry of a colour key; `kind` is "box", "line" or "dashed"."""
+
+    colour: str
+    name: str
+    kind: str = "box"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One of the large numbers at the top."""
+
+    label: str
+    number: str
+    small: str = ""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The top of every page; `facts` are (term, value, whether it is code)."""
+
+    kind: str
+    title: str
+    subtitle: str = ""
+    tiles: list[Tile] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: list[tuple[str, str, bool]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Figures:
-    """Where a report's figures go: each is saved as PNG in `folder` and returned as HTML for the page."""
+    """Where a report's figures go: each is saved in `folder` as PNG and, without its title, as SVG."""
 
     folder: Path
 
     def save(self, figure: Figure, name: str) -> None:
-        """Write the PNG alone."""
+        """Write the files alone."""
         self.folder.mkdir(parents=True, exist_ok=True)
         save_png(figure, self.folder / f"{name}.png")
+        save_svg(figure, self.folder / f"{name}.svg")
 
-    def add(self, figure: Figure, name: str, caption: str, *, alt: str = "", scroll: str = "") -> str:
-        """Return a `<figure>`; `scroll` is "scroll" or "scroll far" where a phone is to scroll, not to shrink it."""
+    def add(self, figure: Figure, name: str, caption: str, *, alt: str = "", scroll: str = "plain") -> Drawing:
+        """Write the files and return the figure for the page."""
         self.save(figure, name)
-        label = escape(alt or name.replace("_", " "), quote=True)
-        svg = to_svg(figure, name.replace(".", "-"))
-        return f"""<figure id="fig-{escape(name, quote=True)}">
-<div class="{scroll or "plain"}" role="img" aria-label="{label}">{svg}</div>
-{f"<figcaption>{escape(caption)}</figcaption>" if caption else ""}
-</figure>"""
+        svg = Markup(to_svg(figure, name.replace(".", "-")))  # Matplotlib has escaped its texts
+        return Drawing(name, svg, caption, alt or name.replace("_", " "), scroll)
 
 
-def document(title: str, body: str) -> str:
-    """Return a complete page with the style sheet inside."""
-    css = files("sparse_mlp.report").joinpath("page.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>
-{css}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+def write_page(target: Path, template: str, head: Head, **context: object) -> Path:
+    """Fill a template and write the page in one piece; returns its path. `sections` become the page's links."""
+    defaults = {"sections": {}, "settings": {}, "titles": TITLES, "page_title": head.title}
+    text = _templates().get_template(template).render(head=head, **(defaults | context))
+    temporary = target.with_name(f".{target.name}.tmp")
+    # a file name that is not UTF-8 has surrogates
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return temporary.replace(target)
 
 
-def section(anchor: str, title: str, lead: str, *parts: str) -> str:
-    """Return a titled section; `lead` says what it is about."""
-    inner = "\n".join(part for part in parts if part)
-    return f'<section id="{anchor}">\n<h2>{escape(title)}</h2>\n<p class="lead">{escape(lead)}</p>\n{inner}\n</section>'
-
-
-def row(figures: Iterable[str], kind: str = "") -> str:
-    """Return figures side by side: three in a row, or as `kind` ("two", "wide") says."""
-    return f'<div class="row {kind}">\n' + "\n".join(figures) + "\n</div>"
-
-
-def headline(numbers: Sequence[tuple[str, str, str]]) -> str:
-    """Return the large numbers of the top: (label, number, what to add in small)."""
-    cells = "\n".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(number)}"
-        + (f' <small class="under">{escape(small)}</small>' if small else "")
-        + "</dd></div>"
-        for label, number, small in numbers
+@functools.cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("sparse_mlp.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return f'<dl class="headline">\n{cells}\n</dl>'
+    environment.globals["NONE"] = NONE
+    return environment
 
 
-def facts(entries: Mapping[str, str], code: Iterable[str] = ()) -> str:
-    """Return a list of terms with their values; those named in `code` are set in the typewriter face."""
-    lines = []
-    for term, value in entries.items():
-        shown = f"<code>{escape(value)}</code>" if term in code else escape(value)
-        lines.append(f"<dt>{escape(term)}</dt><dd>{shown}</dd>")
-    return '<dl class="facts">\n' + "\n".join(lines) + "\n</dl>"
-
-
-def notes(texts: Iterable[str]) -> str:
-    return "\n".join(f'<p class="note">{escape(text)}</p>' for text in texts)
-
-
-def image(pixels: Pixels, alt: str, caption: str) -> str:
+def image(pixels: Pixels, alt: str, caption: str) -> Picture:
     """Return a small picture with a caption."""
-    return (
-        f'<figure><img src="{data_uri(pixels)}" alt="{escape(alt, quote=True)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    return Picture(data_uri(pixels), alt, caption)
 
 
-def colour_key(colours: Sequence[str], names: Sequence[str], kinds: Sequence[str] = ()) -> str:
-    """Return a key of colours; `kinds` are "", "line" or "dashed"."""
-    items = []
-    for i, (colour, name) in enumerate(zip(colours, names, strict=True)):
-        kind = kinds[i] if kinds else ""
-        style = f"border-color:{colour}" if kind == "dashed" else f"background:{colour}"
-        items.append(f'<li><i class="{kind or "box"}" style="{style}"></i>{escape(name)}</li>')
-    return '<ul class="key">' + "".join(items) + "</ul>"
-
-
-def config_table(config: Mapping[str, object]) -> str:
-    """Return the whole configuration, folded away, a small table per part."""
+def settings(config: Mapping[str, object]) -> dict[str, list[tuple[str, str]]]:
+    """Return the configuration as (name, value) by part; what belongs to no part comes first."""
     parts = {"recipe": {k: v for k, v in config.items() if not isinstance(v, dict)}}
     parts |= {k: v for k, v in config.items() if isinstance(v, dict)}
-    tables = []
-    for name, values in parts.items():
-        rows = "".join(
-            f"<tr><td>{escape(str(key))}</td><td>{escape(_short(value))}</td></tr>" for key, value in values.items()
-        )
-        tables.append(f"<section><h3>{escape(str(name))}</h3><table>{rows}</table></section>" if rows else "")
-    return (
-        '<details class="settings"><summary>All settings</summary>\n<div class="config">'
-        + "".join(tables)
-        + "</div></details>"
-    )
+    return {str(name): [(str(key), _short(value)) for key, value in part.items()] for name, part in parts.items()}
 
 
 def _short(value: object) -> str:
@@ -157,8 +153,10 @@ def count(number: float | None) -> str:
     return f"{number:.0f}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
     """Format a time: 3 min 20 s."""
+    if seconds is None:
+        return NONE
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

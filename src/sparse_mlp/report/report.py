@@ -1,18 +1,16 @@
-"""The report of one run: report.html, all in one file, and its figures as PNGs."""
+"""The report of a classification run: report.html, all in one file, and its figures."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from torch import nn
 
 from sparse_mlp.errors import UserError
-from sparse_mlp.report import page
-from sparse_mlp.report.analysis import balance, calibration, class_accuracy, confusion_matrix
+from sparse_mlp.report.analysis import calibration, class_accuracy, confusion_matrix
 from sparse_mlp.report.classes import (
     MANY_CLASSES,
     WORST_MATRIX,
@@ -22,10 +20,15 @@ from sparse_mlp.report.classes import (
     confusion_figure,
 )
 from sparse_mlp.report.curves import curve_figures
-from sparse_mlp.report.experts import channels_section, load_section, patches_section, trace_examples
-from sparse_mlp.report.page import TITLES, Figures
-from sparse_mlp.report.run import Predictions, Run, read_run
+from sparse_mlp.report.experts import channels_section, load_section, measured_section, patches_section, trace_examples
+from sparse_mlp.report.header import accuracy_tile, balance_tile, cost_tiles, run_head
+from sparse_mlp.report.page import Drawing, Figures, Head, Picture, image, settings, write_page
+from sparse_mlp.report.predictions import Predictions
+from sparse_mlp.report.routing import measure_load
+from sparse_mlp.report.run import Run, read_run
 from sparse_mlp.report.samples import Samples, mistake_rows, picture
+
+_MOST_FILES = 200  # misclassified images that the page lists
 
 
 def write_report(
@@ -37,7 +40,7 @@ def write_report(
     macs: int | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write `report.html` and `figures/*.png` into a run folder; returns the page's path.
+    """Write `report.html` and `figures/` (PNG and SVG) into a run folder; returns the page's path.
 
     Args:
         run_dir: any run folder, finished or not.
@@ -47,34 +50,42 @@ def write_report(
         macs: multiply-adds of the model for one image.
         seed: which example images are shown.
 
-    FileNotFoundError or ValueError, one line, for a folder that is no run or whose files do not parse.
+    FileNotFoundError or UserError, one line, for a folder that is no run or whose files do not parse.
     """
     run = read_run(run_dir)
     names = class_names(run, classes)
     figures = Figures(run.path / "figures")
-    parts = [
-        ("curves", curves_section(run, figures)),
-        ("classes", classes_section(run, figures, names, samples)),
-        ("load", load_section(run, figures)),
-    ]
+    sections: dict[str, object] = {
+        "curves": curves_section(run, figures),
+        "classes": classes_section(run, figures, names, samples),
+        "load": load_section(run, figures),
+    }
+    balanced = balance_tile({name: routing.final_load() for name, routing in run.routing.items()})
     if model is not None and samples is not None and len(samples.images):
+        if not run.routing:
+            measured = measure_load(model, samples.images)
+            sections["load"] = measured_section(measured, len(samples.images), figures)
+            balanced = balance_tile({name: found.load for name, found in measured.items()}, ", on test images")
         examples = trace_examples(run, model, samples, names, seed)
-        parts += [("patches", patches_section(examples, figures)), ("channels", channels_section(examples, figures))]
-    present = [(anchor, html) for anchor, html in parts if html]
-    body = "\n".join([header(run, macs, [anchor for anchor, _ in present]), *(html for _, html in present)])
-    return save_page(run, body)
+        sections["patches"] = patches_section(examples, figures)
+        sections["channels"] = channels_section(examples, figures)
+    head = run_head(run, [*accuracy_tile(run), *cost_tiles(run, macs), *balanced])
+    return save_page(run, "run.html.j2", head, sections)
 
 
-def save_page(run: Run, body: str) -> Path:
-    """Write the page of a run with its settings below; returns its path."""
-    target = run.path / "report.html"
-    temporary = run.path / ".report.html.tmp"
-    temporary.write_text(page.document(f"{run.model_name} · {run.name}", f"{body}\n{footer(run)}"), encoding="utf-8")
-    temporary.replace(target)
-    return target
+def save_page(run: Run, template: str, head: Head, sections: Mapping[str, object]) -> Path:
+    """Write the page of a run with its settings below; sections that are None are left out. Returns its path."""
+    return write_page(
+        run.path / "report.html",
+        template,
+        head,
+        sections={anchor: section for anchor, section in sections.items() if section is not None},
+        settings=settings(run.config),
+        page_title=f"{head.title} · {run.name}",
+    )
 
 
-def class_names(run: Run, classes: Sequence[str] | None) -> list[str]:
+def class_names(run: Run, classes: Sequence[str] | None = None) -> list[str]:
     """Return the names of the classes: those given, else those the run folder knows, else their numbers."""
     number = run.predictions.num_classes if run.predictions is not None else None
     names = list(classes) if classes is not None else run.classes
@@ -83,94 +94,6 @@ def class_names(run: Run, classes: Sequence[str] | None) -> list[str]:
     if number is not None and len(names) != number:
         raise UserError(f"{run.path} has predictions of {number} classes, but {len(names)} class names are given")
     return [str(name) for name in names]
-
-
-# The top
-
-
-def header(run: Run, macs: int | None, anchors: Sequence[str]) -> str:
-    links = "".join(f'<a href="#{anchor}">{TITLES[anchor]}</a>' for anchor in anchors)
-    recipe = run.config.get("name") or run.config.get("recipe")
-    told = " · ".join(str(part) for part in (recipe, run.name if run.name != recipe else None, _status(run)) if part)
-    return f"""<header>
-<p class="eyebrow">Run report</p>
-<h1>{escape(run.model_name)}</h1>
-<p class="eyebrow">{escape(told)}</p>
-<nav>{links}</nav>
-{page.headline(_headline(run, macs))}
-{page.notes(run.notes)}
-{page.facts(_facts(run), code=("Command", "Commit"))}
-</header>"""
-
-
-def _status(run: Run) -> str:
-    whats = [event.get("what") for event in run.events]
-    resumed = whats.count("resumed")
-    told = "finished" if "finished" in whats else "stopped" if whats[-1:] == ["stopped"] else "not finished"
-    again = {0: "", 1: ", resumed once"}.get(resumed, f", resumed {resumed} times")
-    return f"{told} at step {run.last_step:,}{again}"
-
-
-def _headline(run: Run, macs: int | None) -> list[tuple[str, str, str]]:
-    top1, rate = run.top1, run.images_per_s
-    numbers = []
-    if top1 is not None:
-        images = f"of {len(run.predictions.target):,} test images" if run.predictions is not None else "last evaluation"
-        numbers.append(("kNN top-1 accuracy" if run.pretraining else "Top-1 accuracy", f"{100 * top1:.2f} %", images))
-    if run.parameters is not None:
-        numbers.append(("Parameters", page.count(run.parameters), ""))
-    if macs is not None:
-        numbers.append(("Multiply-adds", page.count(macs), "per image, forward"))
-    if rate is not None:
-        numbers.append(("Training speed", f"{rate:,.0f}", "images/s, median"))
-    numbers.append(("Training time", page.duration(run.seconds), "without evaluations"))
-    if run.routing:
-        found = [balance(layer.final_load()) for layer in run.routing.values()]
-        dead = sum(len(layer.dead) for layer in found)
-        idle = "no idle expert" if not dead else f"{dead} idle expert{'s' if dead > 1 else ''}"
-        numbers.append(
-            ("Busiest expert", f"{max(layer.busiest for layer in found):.2f} {page.TIMES}", f"its fair share; {idle}")
-        )
-    return numbers
-
-
-def _facts(run: Run) -> dict[str, str]:
-    environment = run.environment
-    entries = {"Command": _command(environment.get("command"))}
-    commit = environment.get("git_commit")
-    if commit:
-        entries["Commit"] = str(commit)[:12] + (" with local changes" if environment.get("git_changed") else "")
-    entries["Date"] = str(environment.get("date", "")).replace("T", " ").replace("+00:00", " UTC")
-    entries["Hardware"] = _hardware(environment.get("hardware"))
-    versions = environment.get("versions")
-    if isinstance(versions, dict):
-        entries["Versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return {term: value for term, value in entries.items() if value}
-
-
-def _command(words: Any) -> str:
-    """Return the command line as one would type it."""
-    if not isinstance(words, list) or not words:
-        return str(words or "")
-    program = Path(str(words[0]))
-    start = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
-    return f"{start} {shlex.join(map(str, words[1:]))}".strip()
-
-
-def _hardware(found: Any) -> str:
-    if not isinstance(found, dict):
-        return str(found or "")
-    parts = [str(found.get("cpu") or found.get("machine") or "")]
-    counts = {name: found.get(f"{name}s") for name in ("core", "thread")}
-    parts += [f"{count} {name}" + ("s" if count != 1 else "") for name, count in counts.items() if count]
-    if found.get("memory_gib"):
-        parts.append(f"{found['memory_gib']:g} GiB")
-    return ", ".join(part for part in [*parts, *map(str, found.get("gpus") or [])] if part)
-
-
-def footer(run: Run) -> str:
-    return f"""{page.config_table(run.config)}
-<footer><p>Drawn by sparse-mlp from the files of this run folder. The figures are in figures/ as PNG.</p></footer>"""
 
 
 # Training
@@ -182,7 +105,7 @@ _CURVES = {
     "accuracy": "Share of right answers on augmented training images, and on all test images.",
     "learning_rate": "Warm-up, then the schedule.",
     "gradient_norm": "Before clipping. Spikes that the loss follows are a sign of too high a learning rate.",
-    "throughput": "Training images per second, the loading of data included.",
+    "throughput": "In training, the loading of data included.",
     "balance_loss": "Squared variation of the experts' importance and load; 0 is perfect balance.",
 }
 _PRETRAINING_CURVES = {
@@ -197,37 +120,74 @@ _PRETRAINING_CURVES = {
 }
 
 
-def curves_section(run: Run, figures: Figures) -> str:
+@dataclass(frozen=True)
+class CurvesSection:
+    """Figures over the training."""
+
+    lead: str
+    drawings: list[Drawing]
+
+
+def curves_section(run: Run, figures: Figures) -> CurvesSection | None:
+    """Return the curves of a run; None where nothing was logged."""
     captions = _CURVES | (_PRETRAINING_CURVES if run.pretraining else {})
     drawn = [figures.add(figure, name, captions[name]) for name, figure in curve_figures(run).items()]
-    if not drawn:
-        return ""
     lead = (
         "Each panel runs over steps; the scale on its upper edge is the training time. Where lines are many, the pale "
         "one is what was logged and the strong one its moving average."
     )
-    return page.section("curves", TITLES["curves"], lead, page.row(drawn))
+    return CurvesSection(lead, drawn) if drawn else None
 
 
 # Classes
 
 
-def classes_section(run: Run, figures: Figures, names: Sequence[str], samples: Samples | None) -> str:
+@dataclass(frozen=True)
+class Confusion:
+    """One kind of mistake with sample images."""
+
+    true: str
+    predicted: str
+    aside: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class ClassesSection:
+    """What is right and wrong. `misses` are (name, true class, answer, probability), the surest first."""
+
+    lead: str
+    bars: Drawing
+    matrix: Drawing
+    calibration: Drawing
+    profile: Drawing | None
+    confusions: list[Confusion]
+    misses: list[tuple[str, str, str, str]]
+    missed: int
+    csv: bool
+    items: str = "images"
+    extra: list[Drawing] = field(default_factory=list)
+
+
+def classes_section(
+    run: Run, figures: Figures, names: Sequence[str], samples: Samples | None = None, extra: Sequence[Drawing] = ()
+) -> ClassesSection | None:
+    """Return what is right and wrong; None without predictions. `extra` figures come first."""
     predictions = run.predictions
     if predictions is None or not len(predictions.target):
-        return ""
+        return None
     confusion, mean = confusion_matrix(predictions), float(predictions.correct.mean())
     accuracy = class_accuracy(confusion)
     wrong = int((~predictions.correct).sum())
-    lead = f"{wrong:,} of {len(predictions.target):,} test images are taken for something else."
-    if predictions.num_classes > 5:
-        lead += f" The right class is among the first five for {100 * predictions.in_top5.mean():.2f} %."
+    lead = f"{wrong:,} of {len(predictions.target):,} test {run.items} are taken for something else."
+    if predictions.top5 is not None and predictions.num_classes > 5:
+        lead += f" The right class is among the first five for {100 * predictions.top5:.2f} %."
     many = len(accuracy.order) > MANY_CLASSES
-    wide = "scroll" if len(accuracy.order) > 12 else ""
+    wide = "scroll" if len(accuracy.order) > 12 else "plain"
     bars = figures.add(
         class_accuracy_figure(accuracy, names, mean),
         "class_accuracy",
-        "Dot: accuracy of a class. Band: its 95 % interval, wide where images are few. Orange: the mean.",
+        f"Dot: accuracy of a class. Band: its 95 % interval, wide where {run.items} are few. Orange: the mean.",
         scroll=wide,
     )
     matrix = figures.add(
@@ -242,18 +202,41 @@ def classes_section(run: Run, figures: Figures, names: Sequence[str], samples: S
         calibration_figure(calibration(predictions)),
         "calibration",
         "Line: how often the answer is right, by the probability the model gives it. On the diagonal the model knows "
-        "how sure it may be; below it is overconfident. Grey: share of the images.",
+        f"how sure it may be; below it is overconfident. Grey: share of the {run.items}.",
     )
-    if many:
-        text = "Accuracy of every class, sorted. Orange: the mean."
-        profile = figures.add(class_profile_figure(accuracy, mean), "class_profile", text)
-        panels = page.row([bars, matrix, profile, sure], "two")
-    else:
-        panels = page.row([f'<div class="stack">{bars}{sure}</div>', matrix], "two")
-    return page.section("classes", TITLES["classes"], lead, panels, _mistakes(predictions, names, samples))
+    text = "Accuracy of every class, sorted. Orange: the mean."
+    profile = figures.add(class_profile_figure(accuracy, mean), "class_profile", text) if many else None
+    return ClassesSection(
+        lead,
+        bars,
+        matrix,
+        sure,
+        profile,
+        confusions=_confusions(predictions, names, samples, run.items),
+        misses=_misses(predictions, names),
+        missed=wrong,
+        csv=(run.path / "predictions.csv").is_file(),
+        items=run.items,
+        extra=list(extra),
+    )
 
 
-def _mistakes(predictions: Predictions, names: Sequence[str], samples: Samples | None) -> str:
+def _misses(predictions: Predictions, names: Sequence[str]) -> list[tuple[str, str, str, str]]:
+    rows = np.flatnonzero(~predictions.correct)
+    rows = rows[np.argsort(-predictions.probability[rows], kind="stable")][:_MOST_FILES]
+    found = [
+        (
+            predictions.name(int(row)),
+            names[predictions.target[row]],
+            names[predictions.predicted[row]],
+            f"{predictions.probability[row]:.2f}",
+        )
+        for row in rows
+    ]
+    return found if any(name for name, *_ in found) else []
+
+
+def _confusions(predictions: Predictions, names: Sequence[str], samples: Samples | None, items: str) -> list[Confusion]:
     where = samples.where() if samples is not None else {}
     blocks = []
     for pair, rows in mistake_rows(predictions):
@@ -261,14 +244,10 @@ def _mistakes(predictions: Predictions, names: Sequence[str], samples: Samples |
         for r in rows:
             index, probability = int(predictions.index[r]), predictions.probability[r]
             if samples is not None and index in where:
-                alt = f"test image {index}: {names[pair.true]} taken for {names[pair.predicted]}"
+                name = predictions.name(r)
+                alt = f"test image {name}: {names[pair.true]} taken for {names[pair.predicted]}"
                 pixels = picture(samples.images[where[index]], samples.mean, samples.std)
-                pictures.append(page.image(pixels, alt, f"p = {probability:.2f} · #{index}"))
-        times = f"{pair.count} of {pair.images} images"
-        title = f'{escape(names[pair.true])} → {escape(names[pair.predicted])} <span class="aside">{times}</span>'
-        blocks.append(f'<section><h3>{title}</h3><div class="thumbs">{"".join(pictures)}</div></section>')
-    if not blocks:
-        return ""
-    told = "true class → answer, the surest images first; # counts in the test set"
-    head = f'<h3>The most frequent mistakes <span class="aside">{told}</span></h3>'
-    return f'{head}\n<div class="pairs">{"".join(blocks)}</div>'
+                pictures.append(image(pixels, alt, f"p = {probability:.2f} · {name}"))
+        aside = f"{pair.count} of {pair.images} {items}"
+        blocks.append(Confusion(names[pair.true], names[pair.predicted], aside, pictures))
+    return blocks

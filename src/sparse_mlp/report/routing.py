@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse_mlp.moe import MoeMlp, telemetry
+from sparse_mlp.moe import telemetry
 from sparse_mlp.moe.telemetry import RoutingRecord
-from sparse_mlp.report.run import Floats, Ints
+from sparse_mlp.report.predictions import Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,15 @@ def trace(model: nn.Module, images: Tensor) -> Traced:
     nothing to be drawn on an image and are left out.
     """
     inputs: dict[str, Tensor] = {}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoeMlp)}
+    layers = telemetry.moe_layers(model)
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
         for name, layer in layers.items()
     ]
-    training = model.training
-    parameter = next(model.parameters(), None)
     try:
         with telemetry.record(model) as records:
-            logits = model.eval()(images.to(parameter.device) if parameter is not None else images)
+            logits = _evaluate(model, images)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     found = Traced(_numpy(logits), getattr(model, "patch_grid", None))
@@ -99,13 +96,56 @@ def trace(model: nn.Module, images: Tensor) -> Traced:
         block, _, kind = name.rpartition(".")
         weight = _mixing_weight(model.get_submodule(block))
         if records[name] and kind == "mlp_channels":
-            gates = dense_gates(records[name][-1], layer.num_experts)
+            gates = dense_gates(records[name][-1], _num_experts(layer))
             if (gates.shape[1] if weight is None else weight.shape[1]) == found.grid[0] * found.grid[1]:
                 found.patches.append(PatchRouting(name, patch_shares(gates, weight), weight is None))
         elif records[name] and kind == "mlp_tokens":
-            gates = dense_gates(records[name][-1], layer.num_experts)
+            gates = dense_gates(records[name][-1], _num_experts(layer))
             found.channels.append(ChannelRouting(name, gates, channel_patterns(gates, _numpy(inputs[name]), weight)))
     return found
+
+
+@dataclass(frozen=True)
+class MeasuredLoad:
+    """Routing of one layer in evaluation: `load` (E,) is each expert's share of the choices before drops."""
+
+    load: Floats
+    dropped: float
+
+
+@torch.no_grad()
+def measure_load(model: nn.Module, images: Tensor, batch_size: int = 64) -> dict[str, MeasuredLoad]:
+    """Run the model on images (B, C, H, W) in evaluation mode; returns the load of each MoE layer that ran, by name."""
+    layers = telemetry.moe_layers(model)
+    counts = {name: torch.zeros(_num_experts(layer), dtype=torch.float64) for name, layer in layers.items()}
+    dropped = dict.fromkeys(layers, 0)
+    for part in images.split(batch_size) if layers else []:
+        with telemetry.record(model) as records:
+            _evaluate(model, part)
+        for name, entries in records.items():
+            for entry in entries:
+                counts[name] += torch.bincount(entry.experts.flatten().cpu(), minlength=len(counts[name]))
+                dropped[name] += int((~entry.kept).sum())
+    return {
+        name: MeasuredLoad(_numpy(chosen / chosen.sum()), dropped[name] / float(chosen.sum()))
+        for name, chosen in counts.items()
+        if chosen.sum() > 0
+    }
+
+
+def _evaluate(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the model's output in evaluation mode; every module is in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    parameter = next(model.parameters(), None)
+    try:
+        return model.eval()(images.to(parameter.device) if parameter is not None else images)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _num_experts(layer: nn.Module) -> int:
+    return int(layer.num_experts)  # type: ignore[arg-type]
 
 
 def dense_gates(record: RoutingRecord, num_experts: int) -> Floats:

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from sparse_mlp.engine import RunFolder
 from sparse_mlp.errors import UserError
+from sparse_mlp.report.predictions import Floats, Predictions, read_predictions
 
-# Numbers read from the lines of metrics, by kind.
-_PRETRAIN = ("contrast_acc", "feature_std", "momentum", "first_grad_norm")
-_TRAIN = ("loss", "accuracy", "balance", "lr", "grad_norm", "images_per_s", "data_time", *_PRETRAIN)
-_EVAL = ("loss", "top1", "top5", "knn_top1", "knn_top5", "feature_std", "feature_rank")
-_ROUTING = ("dropped", "entropy")
+# Values of the lines of metrics that are no numbers, or no measurements.
+_MEASURED = ("train", "eval", "routing")
+_NOT_SCALARS = {"kind", "step", "epoch", "time", "layer", "load", "importance", "split", "what", "ema"}
+
+_CLASSIFIERS = ("classify", "knn", "nodes")  # kinds of run whose predictions are always classes
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: stored, but no parameters
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Metrics over training: `step` and `time` (s) of each line, and the values, NaN where a line has none."""
+    """Metrics over training: `step` and `time` (s) of each line, and every logged number, NaN where a line has none."""
 
     step: Floats
     time: Floats
@@ -68,22 +64,6 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """The final evaluation of N images, reduced: target, winner and its probability, target among the first five."""
-
-    index: Ints
-    target: Ints
-    predicted: Ints
-    probability: Floats
-    in_top5: NDArray[np.bool_]
-    num_classes: int
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        return self.predicted == self.target
-
-
-@dataclass(frozen=True)
 class Run:
     """Everything the report reads from one run folder."""
 
@@ -97,6 +77,8 @@ class Run:
     predictions: Predictions | None
     classes: list[str] | None
     parameters: int | None
+    has_experts: bool
+    """Whether the model has layers with experts; `routing` holds those that were measured in training."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -109,9 +91,19 @@ class Run:
         return str(model.get("name", "model")) if isinstance(model, dict) else str(model or "model")
 
     @property
+    def kind(self) -> str:
+        """The kind of run that its configuration names."""
+        return str(self.config.get("kind") or "")
+
+    @property
     def pretraining(self) -> bool:
         """Whether the run learned from views, without labels; its predictions are then those of the kNN."""
-        return "views" in self.config
+        return _is_pretraining(self.config)
+
+    @property
+    def items(self) -> str:
+        """What a batch holds."""
+        return "nodes" if self.kind == "nodes" or "nodes" in self.evals.values else "images"
 
     @property
     def last_step(self) -> int:
@@ -121,9 +113,14 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far."""
+        """Seconds of training so far; 0 where nothing was logged, see `timed`."""
         times = [series.time[-1] for series in (self.train, self.evals) if len(series)]
         return float(max(times, default=0.0))
+
+    @property
+    def timed(self) -> bool:
+        """Whether the time of training was logged."""
+        return bool(len(self.train) or len(self.evals))
 
     @property
     def top1(self) -> float | None:
@@ -134,9 +131,9 @@ class Run:
         return float(accuracy[-1]) if len(accuracy) and np.isfinite(accuracy[-1]) else None
 
     @property
-    def images_per_s(self) -> float | None:
+    def items_per_s(self) -> float | None:
         """Median training throughput."""
-        rate = self.train.get("images_per_s")
+        rate = self.train.get("items_per_s")
         return float(np.nanmedian(rate)) if np.isfinite(rate).any() else None
 
 
@@ -161,13 +158,14 @@ def read_run(run_dir: Path | str) -> Run:
         path=path,
         config=config,
         environment=_read_json(environment) if environment.is_file() else {},
-        train=_series(by_kind["train"], _TRAIN),
-        evals=_series(_final_weights_only(by_kind["eval"]), _EVAL),
+        train=_series(by_kind["train"]),
+        evals=_series(_final_weights_only(by_kind["eval"])),
         routing=_routing(by_kind["routing"], path / "metrics.jsonl"),
         events=by_kind["event"],
-        predictions=_read_predictions(path / "predictions.npz", notes, pretraining="views" in config),
+        predictions=_read_predictions(path / "predictions.npz", notes, config),
         classes=_read_classes(path / "inputs.json"),
         parameters=_count_parameters(path),
+        has_experts=bool(by_kind["routing"]),
         notes=notes,
     )
 
@@ -215,21 +213,29 @@ def _problem(entry: Any) -> str | None:
     """Return what is wrong with a line of metrics, if anything."""
     if not isinstance(entry, dict) or "kind" not in entry or not isinstance(entry.get("step"), int | float):
         return "is not a metrics line: it needs 'kind' and 'step'"
-    for key in ("time", *_TRAIN, *_EVAL, *_ROUTING):
-        if not isinstance(entry.get(key), int | float | None):
+    scalars = [key for key in entry if key not in _NOT_SCALARS] if entry["kind"] in _MEASURED else []
+    for key in ["time", *scalars]:
+        if isinstance(entry.get(key), str) or (key == "time" and not isinstance(entry.get(key), int | float | None)):
             return f"does not fit: {key} is {entry[key]!r:.40}, not a number"
     for key in ("load", "importance") if entry["kind"] == "routing" else ():
         shares = entry.get(key)
-        if not isinstance(shares, list) or not shares or not all(isinstance(share, int | float) for share in shares):
+        if (
+            not isinstance(shares, list)
+            or not shares
+            or not all(isinstance(share, int | float | None) for share in shares)
+        ):
             return f"does not fit: {key} should be a list with a number for each expert"
     return None
 
 
 def _numbers(lines: Iterable[dict[str, Any]], key: str) -> Floats:
-    return np.array([np.nan if line.get(key) is None else line[key] for line in lines], dtype=np.float64)
+    values = (line.get(key) for line in lines)
+    return np.array([value if isinstance(value, int | float) else np.nan for value in values], dtype=np.float64)
 
 
-def _series(lines: list[dict[str, Any]], keys: Iterable[str]) -> Series:
+def _series(lines: list[dict[str, Any]]) -> Series:
+    logged = [(key, value) for line in lines for key, value in line.items() if key not in _NOT_SCALARS]
+    keys = dict.fromkeys(key for key, value in logged if isinstance(value, int | float))
     return Series(_numbers(lines, "step"), _times(lines), {key: _numbers(lines, key) for key in keys})
 
 
@@ -247,7 +253,9 @@ def _final_weights_only(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _routing(lines: list[dict[str, Any]], path: Path) -> dict[str, Routing]:
     by_layer: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        by_layer.setdefault(str(line.get("layer")), []).append(line)
+        # Shares that sum to nothing are those of a layer that never ran in training: a frozen backbone.
+        if all(share is not None for share in line["load"]) and sum(line["load"]) > 0:
+            by_layer.setdefault(str(line.get("layer")), []).append(line)
     layers = {}
     for name, entries in by_layer.items():
         sizes = {len(entry[key]) for entry in entries for key in ("load", "importance")}
@@ -264,42 +272,22 @@ def _routing(lines: list[dict[str, Any]], path: Path) -> dict[str, Routing]:
     return layers
 
 
-def _read_predictions(path: Path, notes: list[str], pretraining: bool) -> Predictions | None:
+def _is_pretraining(config: dict[str, Any]) -> bool:
+    return config.get("kind") == "pretrain" or "views" in config
+
+
+def _read_predictions(path: Path, notes: list[str], config: dict[str, Any]) -> Predictions | None:
     if not path.is_file():
         notes.append("There is no final evaluation yet (predictions.npz), so nothing is shown per class.")
         return None
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if pretraining and "logits" not in archive:  # without a kNN
-                return None
-            index, target, logits = (archive[name] for name in ("index", "target", "logits"))
-    except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a predictions file: {' '.join(str(error).split())}") from error
-    if logits.ndim != 2 or not len(index) == len(target) == len(logits):
-        raise UserError(f"{path}: index {index.shape}, target {target.shape} and logits {logits.shape} do not fit")
-    if len(target) and not 0 <= target.min() <= target.max() < logits.shape[1]:
-        raise UserError(f"{path}: targets {target.min()} to {target.max()} do not fit {logits.shape[1]} classes")
-    return _reduce(index, target, logits)
-
-
-def _reduce(index: Ints, target: Ints, logits: NDArray[np.float32], chunk: int = 8192) -> Predictions:
-    predicted, probability, in_top5 = [], [], []
-    for start in range(0, len(target), chunk):
-        part = logits[start : start + chunk].astype(np.float64)
-        winner = part.argmax(axis=1)
-        predicted.append(winner)
-        probability.append(1.0 / np.exp(part - part.max(axis=1, keepdims=True)).sum(axis=1))
-        own = np.take_along_axis(part, target[start : start + chunk, None].astype(np.int64), axis=1)
-        in_top5.append((part > own).sum(axis=1) < 5)
-    none = np.zeros(0)
-    return Predictions(
-        index=index.astype(np.int64),
-        target=target.astype(np.int64),
-        predicted=np.concatenate(predicted or [none]).astype(np.int64),
-        probability=np.concatenate(probability or [none]),
-        in_top5=np.concatenate(in_top5 or [none]).astype(bool),
-        num_classes=logits.shape[1],
-    )
+    found = read_predictions(path, classes=config.get("kind") in _CLASSIFIERS)
+    if found is None:
+        return None
+    labelled = found.labelled()
+    if len(labelled.target) < len(found.target):
+        without = len(found.target) - len(labelled.target)
+        notes.append(f"{without:,} of {len(found.target):,} predictions are of items without a label and not counted.")
+    return labelled
 
 
 def _count_parameters(path: Path) -> int | None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sparse_mlp.errors import UserError
 from sparse_mlp.report.analysis import Pair, confusion_matrix, mistakes_of, worst_pairs
-from sparse_mlp.report.run import Predictions, read_run
+from sparse_mlp.report.predictions import Predictions
+from sparse_mlp.report.run import read_run
 
 Pixels = NDArray[np.uint8]
 

@@ -1,4 +1,4 @@
-"""How figures look: palettes, one Matplotlib style, and how a figure becomes SVG for the page and PNG for the folder.
+"""How figures look: palettes, one Matplotlib style, and how a figure becomes SVG for the page, PNG and SVG as files.
 
 Only Matplotlib's object interface is used, never pyplot: no state outlives a call. The SVG takes its greys and its two
 accent colours from the page's CSS variables, so that the same drawing is readable on light and on dark.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,8 @@ _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "path.simplify_threshold": 0.5,
 }
+TITLE = "title"  # gid of the texts that a drawing for a paper leaves out
+_TRIMMED: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.03}
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
@@ -109,7 +112,25 @@ def panel(
 def title(axes: Axes, text: str, *, pad: float | None = None, margin: float | None = None) -> None:
     """Set the title `margin` inches left of the axes; None: at the figure's edge, where the caption begins too."""
     place, width = axes.get_position(), axes.get_figure(root=True).get_figwidth()  # type: ignore[union-attr]
-    axes.set_title(text, x=-(place.x0 if margin is None else margin / width) / place.width, pad=pad)
+    at = -(place.x0 if margin is None else margin / width) / place.width
+    axes.set_title(text, x=at, pad=pad).set_gid(TITLE)
+
+
+def key_above(axes: Axes, *, pad: float = 0.06, **options: Any) -> None:
+    """Put the legend in one line at the right above the axes, `pad` inches away: there it covers nothing drawn."""
+    height = axes.get_position().height * axes.get_figure(root=True).get_figheight()  # type: ignore[union-attr]
+    entries = axes.get_legend_handles_labels()[1]
+    if entries:
+        axes.legend(
+            loc="lower right",
+            bbox_to_anchor=(1.0, 1 + pad / height),
+            borderaxespad=0,
+            borderpad=0,
+            ncols=len(entries),
+            columnspacing=0.9,
+            handletextpad=0.4,
+            **options,
+        )
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
@@ -134,9 +155,27 @@ def clip(text: str, width: int) -> str:
     return line if len(line) <= width else line[: max(1, width - 1)].rstrip() + "…"
 
 
+def wrap(text: str, width: int, lines: int = 6) -> str:
+    """Return `text` in lines of at most `width` characters, broken at spaces, hyphens and underscores where it can."""
+    whole = clip(text, width * lines).replace("_", "_ ")
+    return "\n".join(line.replace("_ ", "_") for line in textwrap.wrap(whole, width + 1) or [""])
+
+
 def save_png(figure: Figure, path: Path, dpi: int = 200) -> None:
     """Write the figure as PNG."""
     _save(figure, path, "png", dpi=dpi)
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """Write the figure as SVG for a paper: without its titles, which belong into a caption there, and trimmed."""
+    hidden = figure.findobj(lambda artist: artist.get_gid() == TITLE and artist.get_visible())
+    for text in hidden:
+        text.set_visible(False)
+    try:
+        _save(figure, path, "svg", salt=path.stem, metadata=_NO_METADATA, transparent=True, **_TRIMMED)
+    finally:
+        for text in hidden:
+            text.set_visible(True)
 
 
 def to_svg(figure: Figure, name: str) -> str:

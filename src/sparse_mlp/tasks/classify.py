@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sparse_mlp.distributed import broadcast, gather
 from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
+from sparse_mlp.tasks.metrics import top_accuracies
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Classify(Task):
 
     Batches hold `image` (B, C, H, W), `target` (B,) class numbers or (B, classes) shares, and `index` (B,).
     """
+
+    items = "images"
 
     def __init__(
         self,
@@ -105,14 +108,8 @@ class Classify(Task):
         return self.model(image).float().cpu()
 
     def _metrics(self, target: Tensor, logits: Tensor) -> dict[str, float]:
-        best = logits.topk(min(5, self.num_classes), dim=1).indices == target[:, None]
         loss = self.criterion(logits.double(), F.one_hot(target, self.num_classes).double())
-        return {
-            "loss": float(loss),
-            "top1": float(best[:, 0].double().mean()),
-            "top5": float(best.any(dim=1).double().mean()),
-            "images": len(target),
-        }
+        return {"loss": float(loss), **top_accuracies(logits, target), "images": len(target)}
 
     def _shares(self, target: Tensor) -> Tensor:
         """Smoothed targets (B, classes) from class numbers or shares."""

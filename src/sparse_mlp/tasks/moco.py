@@ -24,6 +24,7 @@ from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.features import evaluating, pooled_features
 from sparse_mlp.tasks.knn import weighted_knn
+from sparse_mlp.tasks.metrics import top_accuracies
 
 __all__ = ["Moco", "MocoConfig", "contrast", "feature_rank", "feature_std", "momentum_at"]
 
@@ -94,6 +95,7 @@ class Moco(Task):
     """
 
     model_passes = 2
+    items = "images"
 
     def __init__(self, model: nn.Module, config: MocoConfig | None = None, num_classes: int = 0) -> None:
         """ValueError for a model without what the options ask for. Under torch.distributed call it in the group."""
@@ -110,6 +112,7 @@ class Moco(Task):
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.momentum = config.momentum
+        self.schedules_over_run = config.momentum_sched
         sync_batch_norm(self)
         self.train()
 
@@ -190,9 +193,7 @@ class Moco(Task):
         predictions = {"index": index.numpy(), "target": target.numpy()}
         if len(bank[0]):
             votes = self._vote(bank, features.to(device)).cpu()
-            best = votes.topk(min(5, votes.shape[1]), dim=1).indices == target[:, None]
-            metrics["knn_top1"] = float(best[:, 0].double().mean())
-            metrics["knn_top5"] = float(best.any(dim=1).double().mean())
+            metrics |= {f"knn_{name}": value for name, value in top_accuracies(votes, target).items()}
             predictions["logits"] = (votes / votes.sum(1, keepdim=True)).clamp(min=1e-6).log().numpy()
         return Evaluation(broadcast(metrics | {"images": len(target)}), predictions)
 

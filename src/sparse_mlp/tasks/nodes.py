@@ -1,7 +1,7 @@
 """Node classification: labels of a few nodes, the graph as a loss between embeddings, nothing of it in the model.
 
 total = cross entropy of the labelled nodes + alpha * NContrast + distill * cross entropy with a teacher's probabilities
-(the last term is ours: docs/graph.md)
+(the last term, knowledge distillation, is not in the paper: docs/graph.md)
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_mlp.distributed import broadcast, gather, rank, world_size
+from sparse_mlp.distributed import all_gather, broadcast, gather, rank, world_size
 from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
 from sparse_mlp.models.graph_mlp import Form, GraphMlp, cosine_scale, n_contrast
@@ -38,7 +37,7 @@ class NodeLossConfig:
     """published: what the authors' code computes; paper: the formula. See docs/graph.md."""
 
     distill: float = 0.0
-    """Weight of the cross entropy with the probabilities of a teacher that passes messages; see tasks/teacher.py."""
+    """Weight of the cross entropy with the probabilities of a teacher that passes messages; see TeacherConfig."""
 
     similarity: Literal["float32", "bfloat16"] = "float32"
     """Type of the similarities of NContrast."""
@@ -56,7 +55,7 @@ class NodeLossConfig:
 class NodeClassify(Task):
     """A Graph-MLP that learns the classes of nodes. Under torch.distributed every rank holds a slice of each batch.
 
-    Training batches are those of `data.graphs.NodeBatches`; evaluation ones hold `features`, `target`, `index`, `val`.
+    Batches are those of `data.node_batches`: `NodeBatches` to train on, `eval_batches` to evaluate.
     """
 
     items = "nodes"
@@ -89,20 +88,20 @@ class NodeClassify(Task):
         if config.alpha:
             dtype = torch.bfloat16 if config.similarity == "bfloat16" else None
             contrast = n_contrast(
-                embedding, *pairs, config.tau, form=config.form, gather=_everyone, offset=offset, dtype=dtype
+                embedding, *pairs, config.tau, form=config.form, gather=all_gather, offset=offset, dtype=dtype
             )
             out["contrast"] = contrast.detach()
-            # already the whole batch's loss, but its gradient only that of this rank's embeddings
+            # Already the whole batch's loss, but its gradient is that of this rank's embeddings only.
             loss = loss + config.alpha * (contrast * ranks - out["contrast"] * (ranks - 1))
         if config.distill:
-            distill = F.cross_entropy(logits, batch["soft"])
+            distill = F.cross_entropy(logits, batch["teacher"])
             loss = loss + config.distill * distill
             out["distill"] = distill.detach()
         return {"loss": loss, **out}
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Batch], device: torch.device) -> Evaluation:
-        """`loss`, `top1` and `nodes` of the test nodes, `val_top1`; predictions of the test nodes. Needs no edges."""
+        """`loss`, `top1` and `nodes` of the labelled test nodes, `val_top1`; predictions of all test nodes."""
         training = self.training
         self.eval()
         try:
@@ -120,20 +119,12 @@ class NodeClassify(Task):
         val, index, target, logits = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(index[~val])
         test = {"index": index[~val][order], "target": target[~val][order], "logits": logits[~val][order]}
-        metrics = {"nodes": float(len(order))}
-        if len(order):
-            scores = torch.from_numpy(test["logits"])
-            metrics["loss"] = F.cross_entropy(scores, torch.from_numpy(test["target"]), ignore_index=-1).item()
-            metrics["top1"] = float((test["logits"].argmax(1) == test["target"]).mean())
+        labelled = test["target"] >= 0
+        metrics = {"nodes": float(labelled.sum())}
+        if labelled.any():
+            scores, classes = test["logits"][labelled], test["target"][labelled]
+            metrics["loss"] = F.cross_entropy(torch.from_numpy(scores), torch.from_numpy(classes)).item()
+            metrics["top1"] = float((scores.argmax(1) == classes).mean())
         if val.any():
             metrics["val_top1"] = float((logits[val].argmax(1) == target[val]).mean())
         return Evaluation(broadcast(metrics), test)
-
-
-def _everyone(local: Tensor) -> Tensor:
-    """The whole batch's tensor, in the order of ranks; no gradient goes through."""
-    if world_size() == 1:
-        return local
-    parts = [torch.empty_like(local) for _ in range(world_size())]
-    dist.all_gather(parts, local.contiguous())
-    return torch.cat(parts)

@@ -14,6 +14,7 @@ from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.classify import Classify, ClassifyConfig
 from sparse_mlp.tasks.features import extract_features, pooled_features
 from sparse_mlp.tasks.knn import weighted_knn
+from sparse_mlp.tasks.metrics import top_accuracies
 
 _INIT_STD = 0.01  # of the classifier's weights, as MoCo v3 has it
 
@@ -85,9 +86,7 @@ def knn_accuracy(
     features, labels, _ = extract_features(backbone, train, device)
     asked, target, _ = extract_features(backbone, test, device)
     votes = weighted_knn(features, labels, asked, num_classes, k, temperature)
-    found = votes.topk(min(5, num_classes), dim=1).indices == target[:, None]
-    top1, top5 = found[:, 0].double().mean(), found.any(dim=1).double().mean()
-    return {"top1": float(top1), "top5": float(top5), "images": len(target)}
+    return {**top_accuracies(votes, target), "images": len(target)}
 
 
 def backbone_digest(model: nn.Module, left_out: Iterable[str]) -> int:

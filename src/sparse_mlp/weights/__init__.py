@@ -1,6 +1,7 @@
 """Published weights in, ours out."""
 
-from sparse_mlp.weights.convert import CheckpointMismatch, convert, convert_file
+from sparse_mlp.weights.convert import convert, convert_file
+from sparse_mlp.weights.fit import CheckpointMismatch, check_fit
 from sparse_mlp.weights.load import load
 
-__all__ = ["CheckpointMismatch", "convert", "convert_file", "load"]
+__all__ = ["CheckpointMismatch", "check_fit", "convert", "convert_file", "load"]

@@ -2,63 +2,47 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from pathlib import Path
-from typing import Any
 
-from timm.models import load_state_dict
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from sparse_mlp.errors import UserError
-from sparse_mlp.weights.moco import from_moco
+from sparse_mlp.weights.fit import add_batch_counters, check_fit, shapes
+from sparse_mlp.weights.read import names_and_tensors
 
 
 def load(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
     """Put the weights of a file into `model`.
 
-    Reads safetensors, torch files (without executing code), Google's Mixer `.npz`, the layouts that the model's
-    checkpoint filter knows, and MoCo v3's own checkpoints, of which the encoder is taken. `new_head` keeps the model's
-    own classifier, or its having none, where the file's is another. ValueError listing matched, missing and unexpected
-    names if they do not fit; FileNotFoundError if there is no such file.
+    Reads safetensors, torch files (without executing code), `.npz` (Google's Mixers, and what timm's own models read),
+    the layouts that the model's checkpoint filter knows, and MoCo v3's own checkpoints, of which the encoder is taken;
+    with wrappers and prefixes as `models._checkpoint.unwrap_checkpoint` takes them off. `new_head` keeps the model's
+    own classifier, or its having none, where the file's is another. For a feature extractor (timm's `features_only`)
+    the parts that it does without are left out.
+
+    Raises `CheckpointMismatch`, a UserError with the lists of names, if they do not fit; UserError for a file that
+    holds no weights; FileNotFoundError if there is no such file.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}")
-    own = model.state_dict()
-    found = _read(model, path)
+    body = model.model if isinstance(model, FeatureGetterNet) else model
+    found, own = names_and_tensors(body, path), body.state_dict()
+    if isinstance(model, FeatureGetterNet):
+        found = {name: value for name, value in found.items() if name in own}
     kept = set()
-    for name in _classifier(model) if new_head else ():
+    for name in _classifier(body) if new_head else ():
         if name not in own:
             found.pop(name, None)
-        elif name not in found or _differ(name, own, found):
+        elif name not in found or found[name].shape != own[name].shape:
             found[name] = own[name]
             kept.add(name)
-    matched = [name for name in own if name in found and name not in kept and not _differ(name, own, found)]
-    problems = {
-        "missing": [name for name in own if name not in found],
-        "unexpected": [name for name in found if name not in own],
-        "of another shape": [name for name in own if name in found and _differ(name, own, found)],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names)
-        raise UserError(f"the weights in {path} do not fit this model: {len(matched)} matched, {listed}")
-    model.load_state_dict(found)
-
-
-def _read(model: nn.Module, path: Path) -> dict[str, Any]:
-    """Names and tensors of a file, as `model` names them."""
-    try:
-        if path.suffix == ".npz" and hasattr(model, "load_pretrained"):
-            model.load_pretrained(str(path))  # type: ignore[operator]
-            return model.state_dict()
-        found = load_state_dict(str(path), device="cpu", weights_only=True)
-    # A damaged or foreign file fails in as many ways as there are formats: pickle, zip, safetensors, missing keys.
-    except Exception as error:
-        reason = re.split(r"\. |\n", str(error) or type(error).__name__)[0]
-        raise UserError(f"{path} holds no weights that can be read: {reason}") from error
-    found = from_moco(found)
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    return dict(adapt(found, model) if adapt else found)
+    add_batch_counters(found, shapes(own))
+    given, wanted = (
+        {name: shape for name, shape in shapes(state).items() if name not in kept} for state in (found, own)
+    )
+    check_fit(given, wanted, f"the weights in {path} do not fit this model")
+    body.load_state_dict(found)
 
 
 def _classifier(model: nn.Module) -> list[str]:
@@ -66,11 +50,3 @@ def _classifier(model: nn.Module) -> list[str]:
     prefixes = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
     return [f"{prefix}.{kind}" for prefix in prefixes for kind in ("weight", "bias")]
-
-
-def _differ(name: str, first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first[name].shape != second[name].shape
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,121 @@
+"""A user's own torch datasets of (image, label) in the place of a named set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+
+from sparse_mlp.data.config import AugmentConfig, DataConfig, check_configs
+from sparse_mlp.data.decode import MODES, image_from
+from sparse_mlp.data.files import listed_name
+from sparse_mlp.data.sets import ImageData, build_files, finish_data
+from sparse_mlp.errors import UserError
+
+_NAMED = ("root", "download", "train_split", "test_split", "num_samples", "test_share")
+
+
+class DatasetSource:
+    """(image, label) pairs of a map-style dataset, or of those of its items that `items` lists."""
+
+    def __init__(self, dataset: Any, items: Sequence[int] | None = None) -> None:
+        self.dataset, self.items = dataset, items
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.items is None else len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, label = self.dataset[index if self.items is None else self.items[index]]
+        return image, label
+
+    def file_name(self, index: int) -> str | None:
+        return listed_name(self.dataset, index if self.items is None else self.items[index])
+
+    @property
+    def labels(self) -> list[int]:
+        """Known labels, else those that reading every item gives."""
+        own = range(len(self.dataset)) if self.items is None else self.items
+        known = _known_labels(self.dataset)
+        return [int(self.dataset[i][1] if known is None else known[i]) for i in own]
+
+    def subset(self, indices: Sequence[int]) -> DatasetSource:
+        return DatasetSource(self.dataset, [i if self.items is None else self.items[i] for i in indices])
+
+
+def image_data_from(
+    train: Dataset,
+    test: Dataset,
+    *,
+    classes: Sequence[str] | None = None,
+    config: DataConfig | None = None,
+    augment: AugmentConfig | None = None,
+) -> ImageData:
+    """Training and test set from map-style datasets of (image, label), for the loaders as any named set.
+
+    An image is of PIL, a uint8 tensor (C, H, W) or a uint8 array (H, W, C), as large as it likes, not yet normalised; a
+    label is an integer. Class names are `classes`, else `train.classes`, else the numbers up to the largest label.
+    What `config` leaves out is taken from the first image: grey or colour, and its side up to 224 pixels. What the
+    datasets draw from the generators of Python, numpy and torch is a function of (seed, epoch, item), as all else.
+
+    Raises UserError for streams, other images, and options that are for named sets.
+    """
+    config, augment = config or DataConfig(), augment or AugmentConfig()
+    check_configs(config, augment)
+    for option in _NAMED:
+        value = getattr(config, option)
+        if value != getattr(DataConfig(), option):
+            raise UserError(f"data.{option} {value!r} would be ignored: the images come from datasets of your own")
+    for name, dataset in (("train", train), ("test", test)):
+        if (
+            isinstance(dataset, IterableDataset)
+            or not hasattr(dataset, "__getitem__")
+            or not hasattr(dataset, "__len__")
+        ):
+            raise UserError(f"the {name} dataset has to have a length and items by index, which {dataset!r} has not")
+        if len(dataset) == 0:
+            raise UserError(f"the {name} dataset is empty")
+    first = _first_image(train)
+    channels = config.channels or (1 if first.mode in ("1", "L", "LA", "I;16", "I;16B") else 3)
+    size = config.image_size or min(224, *first.size)
+    names = list(classes) if classes is not None else _class_names(train, test, config)
+    filled = replace(config, name="own", channels=channels, image_size=size)
+    built = build_files(filled, augment, DatasetSource(train), DatasetSource(test), names)
+    return finish_data(built, filled, augment, None)
+
+
+def _first_image(dataset: Any) -> Image.Image:
+    item = dataset[0]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise UserError(f"an item of a dataset has to be (image, label), not {type(item).__name__}")
+    image = item[0]
+    return image if isinstance(image, Image.Image) else image_from(image, _planes(image), "image 0")
+
+
+def _planes(image: Any) -> int:
+    """1 or 3, for a tensor (C, H, W) or an array (H, W, C)."""
+    shape = np.shape(image)
+    side = 0 if hasattr(image, "permute") else -1
+    return 1 if len(shape) == 2 or shape[side] == 1 else max(MODES)
+
+
+def _class_names(train: Any, test: Any, config: DataConfig) -> list[str]:
+    names = getattr(train, "classes", None)
+    if names:
+        return [str(name) for name in names]
+    if config.num_classes is not None:
+        return [str(number) for number in range(config.num_classes)]
+    labels = DatasetSource(train).labels + DatasetSource(test).labels
+    return [str(number) for number in range(max(labels) + 1)]
+
+
+def _known_labels(dataset: Any) -> Any:
+    """The labels that a dataset has without reading its images, by torchvision's names; None if it has none."""
+    for name in ("targets", "labels"):
+        values = getattr(dataset, name, None)
+        if values is not None and hasattr(values, "__getitem__") and len(values) == len(dataset):
+            return values
+    return None

@@ -1,0 +1,209 @@
+"""Image classification: training from scratch, fine-tuning, transfer, linear probes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparse_mlp.data import (
+    AugmentConfig,
+    BadImageError,
+    DataConfig,
+    ImageData,
+    InputSpec,
+    display_name,
+    eval_loader,
+    find_images,
+    read_image,
+    steps_per_epoch,
+    train_loader,
+)
+from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
+from sparse_mlp.errors import UserError
+from sparse_mlp.jobs.images import ImageJob, file_names, load_inputs, load_trained, open_images, samples
+from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
+from sparse_mlp.jobs.model import build_model
+from sparse_mlp.jobs.recipe import ModelConfig, Recipe
+from sparse_mlp.report import write_predictions_csv, write_report
+from sparse_mlp.report.cost import count_macs
+from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
+
+_log = logging.getLogger(__name__)
+
+_BATCH = 64  # images that are predicted at a time
+
+
+@dataclass(frozen=True)
+class ClassifyRecipe(Recipe):
+    """A complete configuration of a classifier's training."""
+
+    kind: ClassVar[str] = "classify"
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    task: ClassifyConfig = field(default_factory=ClassifyConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10))
+
+
+@dataclass(frozen=True)
+class ClassifyEvalOptions(EvalOptions):
+    """How a classifier is evaluated."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Left out: the run's own images, split as they were. The classes of another set are matched by name."""
+
+
+@dataclass(frozen=True)
+class ClassifyPredictOptions(PredictOptions):
+    """How a classifier predicts."""
+
+    top: int = 5
+    """How many classes to give for each image."""
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UserError(f"--top {self.top} must be at least 1")
+
+
+class ClassifyJob(ImageJob[ClassifyRecipe]):
+    """A timm model learns the classes of images."""
+
+    recipe_type = ClassifyRecipe
+    scores = ("top1", "top5")
+    eval_options_type = ClassifyEvalOptions
+    predict_options_type = ClassifyPredictOptions
+
+    def __init__(self, recipe: ClassifyRecipe, context: Context | None = None) -> None:
+        super().__init__(recipe, context)
+        if recipe.task.frozen and recipe.train.compile:
+            raise UserError("train.compile would be ignored: a frozen backbone only gives its features")
+        self.data = data = open_images(recipe.data, recipe.augment, self.context)
+        per_epoch = steps_per_epoch(data, recipe.data)
+        torch.manual_seed(recipe.train.seed)
+        model = build_model(self.model_config(), data.spec)
+        self.task = (Probe if recipe.task.frozen else Classify)(model, recipe.task, class_names=data.classes)
+        self.loaders = Loaders(
+            train=partial(train_loader, data, recipe.data, recipe.train.seed),
+            evaluate=partial(eval_loader, data, recipe.data),
+            batch_size=recipe.data.batch_size,
+            steps_per_epoch=per_epoch,
+        )
+
+    def predictions(self, evaluation: Evaluation) -> dict[str, np.ndarray]:
+        return with_file_names(evaluation.predictions, self.data)
+
+    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
+        self.log_bad_images()
+        write_predictions_csv(run.path / "predictions.csv", self.predictions(evaluation), self.data.classes)
+
+    def summary(self, evaluation: Evaluation) -> str:
+        return f"top-1 {evaluation.metrics['top1']:.2%} of {evaluation.metrics['images']:,.0f} images"
+
+    @classmethod
+    def eval_options(cls, run: RunFolder) -> ClassifyEvalOptions:
+        return ClassifyEvalOptions(data=cls.stored(run).data)
+
+    @classmethod
+    def evaluate(cls, run: RunFolder, options: EvalOptions, device: torch.device) -> Evaluation:
+        """On the run's own data split as it was stored, or on other images with classes of the same names."""
+        assert isinstance(options, ClassifyEvalOptions)
+        recipe, spec = cls.stored(run), load_inputs(run)
+        own = options.data.name == recipe.data.name and options.data.root == recipe.data.root
+        context = Context(run if own else None, trusted=options.trust_data or not own)
+        data = open_images(options.data, AugmentConfig(), context, classes=spec.classes)
+        model = load_trained(run, options.checkpoint, replace(data.spec, classes=spec.classes))
+        return evaluate_model(model, recipe.task, data, options.data, device)
+
+    @classmethod
+    def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
+        """For each image its likeliest classes and their probabilities, `class_1`, `probability_1`, `class_2`, ..."""
+        assert isinstance(options, ClassifyPredictOptions)
+        spec, model = load_inputs(run), load_trained(run, options.checkpoint)
+        top = min(options.top, len(spec.classes))
+
+        def classify(images: torch.Tensor) -> list[Row]:
+            best = model(images).float().softmax(1).topk(top)
+            return [_best(*row, spec.classes) for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+        return predict_pictures(files, spec, classify)
+
+    @classmethod
+    def report(cls, run: RunFolder, context: Context | None = None) -> Path:
+        """The page of a run; its images and their routing are drawn where they can be opened and are no stream."""
+        if not run.has_checkpoint():
+            return write_report(run.path)
+        spec, model = load_inputs(run), load_trained(run)
+        macs = count_macs(model, spec.channels, spec.image_size)[""]
+        try:
+            data = open_images(cls.stored(run).data, AugmentConfig(), context or Context(run), classes=spec.classes)
+        except (UserError, OSError) as error:
+            _log.warning("the report of %s shows no images: %s", run.path, error)
+            return write_report(run.path, macs=macs)
+        return write_report(run.path, model, samples(run, data), macs=macs)
+
+
+def evaluate_model(
+    model: nn.Module, config: ClassifyConfig, data: ImageData, images: DataConfig, device: torch.device
+) -> Evaluation:
+    """Loss, top-1 and top-5 of a model on the test images; collective."""
+    task = Classify(model, replace(config, frozen=False), class_names=data.classes).to(device)
+    loaders = Loaders(train=_no_training, evaluate=partial(eval_loader, data, images), batch_size=1, steps_per_epoch=1)
+    result = task.evaluate(evaluation_batches(loaders), device)
+    return Evaluation(result.metrics, with_file_names(result.predictions, data))
+
+
+def with_file_names(predictions: dict[str, np.ndarray], data: ImageData) -> dict[str, np.ndarray]:
+    """Predictions with the array `files` where the test images are files."""
+    names = file_names(data.test, predictions["index"].tolist()) if predictions else None
+    return {**predictions, "files": np.array(names)} if names else predictions
+
+
+def _best(shares: Sequence[float], indices: Sequence[int], classes: Sequence[str]) -> Row:
+    row: Row = {}
+    for rank, (share, index) in enumerate(zip(shares, indices, strict=True), 1):
+        row |= {f"class_{rank}": classes[index], f"probability_{rank}": round(share, 6)}
+    return row
+
+
+def predict_pictures(
+    files: Sequence[str], spec: InputSpec, predict: Callable[[torch.Tensor], Sequence[Row]]
+) -> list[Row]:
+    """A row for each image file: what `predict` gives for a batch (B, C, H, W), or the `error` why it cannot be read.
+
+    FileNotFoundError if there are no images, BadImageError if none can be read.
+    """
+    found = find_images(files)
+    rows: list[Row] = [{"file": display_name(file)} for file in found]
+    for start in range(0, len(found), _BATCH):
+        images = {}
+        for number, file in enumerate(found[start : start + _BATCH], start):
+            try:
+                images[number] = spec.transform(read_image(file, spec.channels))
+            except BadImageError as error:
+                rows[number]["error"] = str(error)
+        if images:
+            with torch.no_grad():
+                predicted = predict(torch.stack(list(images.values())))
+            for number, row in zip(images, predicted, strict=True):
+                rows[number] |= row
+    bad = [row["error"] for row in rows if "error" in row]
+    if len(bad) == len(rows):
+        raise BadImageError(bad[0] + (f"; nor can the {len(bad) - 1} others" if len(bad) > 1 else ""))
+    for reason in bad:
+        _log.error("%s", reason)
+    return rows
+
+
+def _no_training(**_: Any) -> Iterable[Any]:
+    raise AssertionError("a model that is only evaluated has no training data")

@@ -1,0 +1,208 @@
+"""What the kinds of run on images share: their data, what is remembered of it, and the timm model that is trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, InputSpec, build_datasets, image_data_from, is_remote
+from sparse_mlp.engine import RunFolder
+from sparse_mlp.errors import UserError
+from sparse_mlp.jobs.job import Context, Job
+from sparse_mlp.jobs.model import build_model, load_weights
+from sparse_mlp.jobs.recipe import ModelConfig, Recipe, from_json
+from sparse_mlp.report import Samples, wanted_images
+
+_log = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Recipe)
+
+INPUTS, SPLIT = "inputs.json", "split.json"
+"""Names of files in a run folder: what the model is given, and which images it was trained and tested on."""
+
+OWN_DATASETS = "own"
+"""What data.name becomes in the configuration of a run on a user's own datasets."""
+
+
+class ImageJob(Job[R]):
+    """A run on images: the recipe has `model: ModelConfig` and `data: DataConfig`."""
+
+    free: ClassVar[frozenset[str]] = Job.free | {
+        "data.root",
+        "data.download",
+        "data.workers",
+        "data.eval_batch_size",
+    }
+
+    data: ImageData
+
+    def __init__(self, recipe: R, context: Context | None = None) -> None:
+        if context is not None and context.datasets is not None:
+            recipe = replace(recipe, data=replace(recipe.data, name=OWN_DATASETS))  # type: ignore[attr-defined,call-arg]
+        super().__init__(recipe, context)
+
+    def model_config(self) -> ModelConfig:
+        """The model to build: a run that goes on from a checkpoint needs none of the weights that it began with.
+
+        UserError for a model or weights that would be fetched because a run folder names them.
+        """
+        config: ModelConfig = self.recipe.model  # type: ignore[attr-defined]
+        run = self.context.run
+        if run is not None and run.has_checkpoint():
+            config = replace(config, pretrained=False, weights=None)
+        if run is not None and not self.context.trusted and (is_remote(config.name) or config.pretrained):
+            what = "model" if is_remote(config.name) else "published weights"
+            raise UserError(f"{run.path} names the {what} of {config.name!r}, to be fetched: --trust-data allows it")
+        return config
+
+    def prepare(self, run: RunFolder, device: torch.device) -> None:
+        for note in self.data.notes:
+            _log.info(note)
+        super().prepare(run, device)
+
+    def inputs(self) -> dict[str, Any]:
+        split = self.data.split()
+        return {INPUTS: asdict(self.data.spec), **({SPLIT: split} if split else {})}
+
+    def log_bad_images(self) -> None:
+        """Say which images were left out or could not be read."""
+        bad = self.data.bad_images()
+        if bad:
+            some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+            _log.info(f"{len(bad)} images could not be read and were skipped: {some}")
+
+    @classmethod
+    def export(cls, run: RunFolder, target: Path) -> str:
+        """Bare timm weights without a classifier, as a safetensors file; the code that loads it has been tried."""
+        if target.suffix != ".safetensors" or target.is_dir():
+            raise UserError(f"the file to write must end in .safetensors, got {target}")
+        return export_backbone(load_model_config(run), load_inputs(run), run, target)
+
+
+def open_images(
+    data: DataConfig, augment: AugmentConfig, context: Context, *, classes: Sequence[str] | None = None
+) -> ImageData:
+    """The data of a recipe; of a run that exists, split as it was when the run began.
+
+    With `classes`, labels are indices into these names, whatever the order of the set's own.
+    """
+    if context.datasets is not None:
+        return image_data_from(*context.datasets, config=data, augment=augment)
+    if data.name == OWN_DATASETS:
+        raise UserError("the run was trained on datasets of a program's own: pass them as `datasets` again")
+    split = load_split(context.run) if context.run is not None else None
+    return build_datasets(data, augment, split=split, classes=classes, trusted=context.trusted)
+
+
+def file_names(images: Any, index: Sequence[int]) -> list[str] | None:
+    """The files of these images of a set; None where they are no files."""
+    found = [getattr(images, "file_name", lambda _: None)(i) for i in index]
+    names = [name for name in found if name is not None]
+    return names if len(names) == len(found) else None
+
+
+def load_inputs(run: RunFolder) -> InputSpec:
+    """What the model of a run is given and what its classes are called. UserError or OSError naming the file."""
+    path = run.path / INPUTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the run has no images")
+    try:
+        return from_json(InputSpec, json.loads(path.read_text()))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def load_split(run: RunFolder) -> dict[str, list[str]] | None:
+    """File names of the training and the test images of a run, where its set is a folder that it split itself."""
+    path = run.path / SPLIT
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def load_model_config(run: RunFolder, named: str = "") -> ModelConfig:
+    """Which model a run folder holds, whatever it was trained on: classes, no classes, or two views.
+
+    UserError for a model that would be fetched, unless the user `named` this very one.
+    """
+    config: ModelConfig = _section(ModelConfig, run, "model")
+    if is_remote(config.name) and config.name != named:
+        raise UserError(f"{run.path} names the model {config.name!r}, which would be fetched: give it as --model.name")
+    return config
+
+
+def load_data_config(run: RunFolder) -> DataConfig:
+    """Which images a run folder was trained on."""
+    return _section(DataConfig, run, "data")
+
+
+def _section(kind: type[Any], run: RunFolder, name: str) -> Any:
+    try:
+        return from_json(kind, run.config()[name], name)
+    except KeyError:
+        raise UserError(f"{run.config_path} has no {name}: it is no run on images") from None
+    except UserError as error:
+        raise UserError(f"{run.config_path}: {error}") from error
+
+
+def load_trained(run: RunFolder, checkpoint: Path | None = None, spec: InputSpec | None = None) -> nn.Module:
+    """The model of a run in evaluation mode, with its newest weights or those of `checkpoint`."""
+    config = replace(load_model_config(run), pretrained=False, weights=None)
+    model = build_model(config, spec or load_inputs(run))
+    load_weights(model, checkpoint or run.path)
+    return model.eval()
+
+
+def samples(run: RunFolder, data: ImageData) -> Samples | None:
+    """The test images that a report draws; None where they have no numbers."""
+    wanted = wanted_images(run.path)
+    if isinstance(data.test, IterableDataset) or not wanted:
+        return None
+    batch = data.test.batch(wanted)
+    return Samples(batch["image"], batch["target"], batch["index"], data.spec.mean, data.spec.std)
+
+
+def export_backbone(config: ModelConfig, spec: InputSpec, run: RunFolder, target: Path) -> str:
+    """Write the weights without a classifier; returns the lines of code that load them."""
+    arguments: dict[str, Any] = {**config.args, "in_chans": spec.channels, "num_classes": 0}
+    published = get_pretrained_cfg(config.name)
+    if published is not None and published.fixed_input_size:
+        arguments["img_size"] = spec.image_size
+    model = timm.create_model(config.name, **arguments)
+    load_weights(model, run.path, new_head=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        save_file(weights, target, {"format": "pt", "model": config.name, "args": json.dumps(arguments)})
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {target}: {error}") from error
+    # The call that is returned has been made once.
+    timm.create_model(config.name, checkpoint_path=str(target), **arguments)
+    call = ", ".join([repr(config.name), *(f"{name}={value!r}" for name, value in arguments.items())])
+    head = call.replace("num_classes=0", "num_classes=10, pretrained=True")
+    overlay = f"pretrained_cfg_overlay={{'file': {str(target)!r}, 'num_classes': 0}}"
+    lines = [
+        f"# {len(weights)} tensors",
+        "import sparse_mlp, timm  # sparse_mlp registers its models with timm",
+        f"timm.create_model({call}, checkpoint_path={str(target)!r})",
+        "# with a new classifier:",
+        f"timm.create_model({head}, {overlay})",
+    ]
+    if not config.final_norm:
+        lines.append("# trained without its final norm: the same features with model.norm = torch.nn.Identity()")
+    return "\n".join(lines)

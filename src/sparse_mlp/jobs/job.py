@@ -1,0 +1,161 @@
+"""What a kind of run is to the verbs: one class a kind, which knows how to build, finish, evaluate, report, predict."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from sparse_mlp import distributed
+from sparse_mlp.engine import FREE_ON_RESUME, Evaluation, Loaders, RunFolder, Task, Trainer
+from sparse_mlp.errors import UserError
+from sparse_mlp.jobs.model import load_weights
+from sparse_mlp.jobs.recipe import Recipe, from_json
+from sparse_mlp.report import write_plain_report
+
+R = TypeVar("R", bound=Recipe)
+
+Row = dict[str, Any]
+"""One prediction as JSON and CSV hold it: names and plain values."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a job is built in, apart from its recipe."""
+
+    run: RunFolder | None = None
+    """The folder of the run, where there is one already: what is stored in it (a split, say) is not drawn anew."""
+
+    trusted: bool = False
+    """The person at the keyboard named the data: sets that can execute or fetch something may be opened. What only a
+    run folder names is never trusted."""
+
+    datasets: tuple[Dataset, Dataset] | None = None
+    """Training and test set of a user's own, in place of the set that the recipe names."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How a run is evaluated."""
+
+    checkpoint: Path | None = None
+    """Other weights than the newest of the run: a file or a run folder."""
+
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda, cuda:1, ..."""
+
+    trust_data: bool = False
+    """Open the data that the run folder names even if that can execute or fetch something."""
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How a run predicts."""
+
+    checkpoint: Path | None = None
+    """Other weights than the newest of the run: a file or a run folder."""
+
+    trust_data: bool = False
+    """Open what the run folder names even if that can execute or fetch something."""
+
+
+class Job(ABC, Generic[R]):
+    """One run: a recipe, made into a task and its loaders.
+
+    A subclass sets `recipe_type`, builds `task` and `loaders` in its constructor, and has `predict`; the rest has
+    defaults. The constructor raises UserError or OSError, one line, for whatever does not exist or fit: nothing has
+    been written by then. `sparse_mlp.jobs.register` makes the class known.
+    """
+
+    recipe_type: ClassVar[type[Recipe]]
+    eval_options_type: ClassVar[type[EvalOptions]] = EvalOptions
+    predict_options_type: ClassVar[type[PredictOptions]] = PredictOptions
+
+    free: ClassVar[frozenset[str]] = frozenset(f"train.{name}" for name in FREE_ON_RESUME)
+    """Fields that the weights do not depend on, as dotted names: they may change when a run is resumed."""
+
+    scores: ClassVar[tuple[str, ...]] = ()
+    """Metrics, shares of 1, that runs of this kind are compared by, the most important first."""
+
+    task: Task
+    loaders: Loaders
+
+    def __init__(self, recipe: R, context: Context | None = None) -> None:
+        self.recipe, self.context = recipe, context or Context()
+
+    @classmethod
+    def device_of(cls, recipe: R) -> str:
+        """The device that a recipe asks for."""
+        return recipe.train.device  # type: ignore[attr-defined]
+
+    def inputs(self) -> dict[str, Any]:
+        """JSON files of the run folder, by name, that predicting and evaluating need besides the weights."""
+        return {}
+
+    def prepare(self, run: RunFolder, device: torch.device) -> None:
+        """Make the trainer, before the run's folder is written. UserError if the recipe cannot be trained here."""
+        parts: dict[str, Any] = {name: getattr(self.recipe, name) for name in ("optim", "schedule", "train")}
+        self.trainer = Trainer(self.task, self.loaders, **parts, run=run, device=device)
+        # Said now rather than by the first step: a batch that does not divide.
+        self.loaders.train(start_step=0, steps=0, rank=distributed.rank(), world_size=distributed.world_size())
+
+    def fit(self, run: RunFolder, device: torch.device, *, resume: bool, show: bool) -> Evaluation:
+        """Train to the end; collective. Returns the last evaluation."""
+        return self.trainer.fit(resume=resume, show=show)
+
+    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
+        """Write what else a finished run leaves, besides weights and predictions; on one rank."""
+
+    def predictions(self, evaluation: Evaluation) -> dict[str, np.ndarray]:
+        """What predictions.npz of a finished run holds: arrays with one row an item."""
+        return evaluation.predictions
+
+    def summary(self, evaluation: Evaluation) -> str:
+        """The result in a few words."""
+        return ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+
+    @classmethod
+    def stored(cls, run: RunFolder) -> R:
+        """The recipe that a run folder was made with. UserError naming the file if it does not parse."""
+        try:
+            return from_json(cls.recipe_type, run.config())  # type: ignore[return-value]
+        except UserError as error:
+            raise UserError(f"{run.config_path}: {error}") from error
+
+    @classmethod
+    def eval_options(cls, run: RunFolder) -> EvalOptions:
+        """The options of an evaluation as they are if nothing is given."""
+        return cls.eval_options_type()
+
+    @classmethod
+    def evaluate(cls, run: RunFolder, options: EvalOptions, device: torch.device) -> Evaluation:
+        """Evaluate a run's weights on its test data; collective."""
+        job = cls(cls.stored(run), Context(run, trusted=options.trust_data))
+        load_weights(job.task.backbone(), options.checkpoint or run.path)
+        return job.task.to(device).evaluate(evaluation_batches(job.loaders), device)
+
+    @classmethod
+    @abstractmethod
+    def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
+        """One row for each item in the files."""
+
+    @classmethod
+    def report(cls, run: RunFolder, context: Context | None = None) -> Path:
+        """Write the page of a run, finished or not; `context` is the one it was trained in, where it just was."""
+        return write_plain_report(run.path)
+
+    @classmethod
+    def export(cls, run: RunFolder, target: Path) -> str:
+        """Write the run's model for use without this package's commands; returns how it is loaded."""
+        raise UserError(f"a run of the kind {cls.recipe_type.kind} has nothing to export")
+
+
+def evaluation_batches(loaders: Loaders) -> Any:
+    """This rank's share of everything to evaluate on."""
+    return loaders.evaluate(rank=distributed.rank(), world_size=distributed.world_size())

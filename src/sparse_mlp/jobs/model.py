@@ -1,0 +1,127 @@
+"""From a model's configuration to the model, with its weights."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from sparse_mlp import weights
+from sparse_mlp.data import InputSpec
+from sparse_mlp.engine import RunFolder
+from sparse_mlp.errors import UserError
+from sparse_mlp.jobs.recipe import ModelConfig
+from sparse_mlp.models import registered_names
+from sparse_mlp.tasks.features import skip_final_norm
+
+_FROM_DATA = ("img_size", "in_chans", "num_classes")
+_FIELDS = {"checkpoint_path": "model.weights", "pretrained": "model.pretrained"}  # arguments with a field of their own
+_SHARES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
+
+
+def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
+    """The timm model for such images, tried out on one.
+
+    ValueError, one line, for an unknown name (with the nearest ones), arguments the model does not take, an image size
+    it cannot have, or weights that do not fit.
+    """
+    check_model_name(config.name)
+    given = [name for name in _FROM_DATA if name in config.args]
+    if given:
+        raise UserError(f"model.args {given[0]}={config.args[given[0]]!r} is not yours to set: it comes from the data")
+    for name, value in config.args.items():
+        if name in _FIELDS:
+            raise UserError(f"model.args {name}={value!r} is not an argument of the model: use --{_FIELDS[name]}")
+        if name in _SHARES and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise UserError(f"model.args {name}={value!r} is not a share in [0, 1)")
+    arguments = dict(config.args) | {"in_chans": spec.channels, "num_classes": len(spec.classes)}
+    published = get_pretrained_cfg(config.name)
+    if published is not None and published.fixed_input_size:
+        arguments["img_size"] = spec.image_size
+    try:
+        with warnings.catch_warnings():  # an image smaller than a patch: said below, in one line
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
+            model = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
+        _try_out(model, config.name, spec)
+    except UserError:
+        raise
+    # What a model raises for an argument that it cannot use is its own affair.
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"model {config.name}: {_explain(error, config.name)}") from error
+    if not config.final_norm:
+        skip_final_norm(model)
+    if config.weights is not None:
+        load_weights(model, Path(config.weights), new_head=True)
+    return model
+
+
+def load_model(config: ModelConfig, spec: InputSpec, path: Path) -> nn.Module:
+    """A trained model, in evaluation mode: the architecture of `config` with the weights of a file or a run folder."""
+    model = build_model(replace(config, pretrained=False, weights=None), spec)
+    load_weights(model, path)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
+    """`weights.load`, from a file or from a run folder."""
+    if path.is_dir() and (path / "config.json").is_file():
+        path = RunFolder.open(path).weights()
+    weights.load(model, path, new_head=new_head)
+
+
+def _nearest_models(name: str) -> list[str]:
+    """Model names like this one, ours before timm's."""
+    near = difflib.get_close_matches(name, registered_names(), n=3, cutoff=0.6)
+    return near + [
+        model for model in difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.6) if model not in near
+    ]
+
+
+def check_model_name(name: str) -> None:
+    """ValueError with the nearest names if timm has no model of this name."""
+    if ":" in name or timm.is_model(name):  # hf-hub:..., local-dir:...
+        return
+    near = _nearest_models(name)
+    hint = f"; nearest: {', '.join(near[:3])}" if near else ""
+    raise UserError(f"unknown model {name!r}{hint} (`sparse-mlp models --all` lists every name)")
+
+
+@torch.no_grad()
+def _try_out(model: nn.Module, name: str, spec: InputSpec) -> None:
+    """One black image through the model, so that what does not fit is said before the training begins."""
+    for layer in model.modules():
+        if isinstance(layer, PatchEmbed) and any(spec.image_size % side for side in layer.patch_size):
+            patch = layer.patch_size[0]
+            raise UserError(f"model {name}: image size {spec.image_size} is not divisible by its patch size {patch}")
+    training = model.training
+    logits = model.eval()(torch.zeros(1, spec.channels, spec.image_size, spec.image_size))
+    model.train(training)
+    if logits.shape != (1, len(spec.classes)):
+        raise UserError(f"model {name} gives {tuple(logits.shape)} for an image of one of {len(spec.classes)} classes")
+
+
+def _explain(error: Exception, name: str) -> str:
+    """The first line of an error of timm's or torch's; for an unknown argument with the nearest ones."""
+    message = (str(error) or type(error).__name__).splitlines()[0]
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
+    if unknown is None:
+        return message
+    with torch.device("meta"):
+        kinds = [kind for kind in type(timm.create_model(name)).__mro__ if issubclass(kind, nn.Module)]
+    known = {
+        parameter.name
+        for kind in kinds
+        for parameter in inspect.signature(kind).parameters.values()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name not in _FROM_DATA
+    }
+    near = difflib.get_close_matches(unknown[1], sorted(known), n=3)
+    return f"unknown argument {unknown[1]!r}" + (f"; nearest: {', '.join(near)}" if near else "")

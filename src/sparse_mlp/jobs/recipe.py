@@ -1,0 +1,195 @@
+"""What a run is: a frozen dataclass a kind, every field a command-line option and a line of the run's config.json."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import pydantic
+import tyro
+
+from sparse_mlp.errors import UserError
+
+R = TypeVar("R", bound="Recipe")
+T = TypeVar("T")
+
+LENGTHS = ("epochs", "steps", "minutes")
+_LEARNING_RATES = (("optim", "lr"), ("schedule", "warmup_lr"), ("schedule", "min_lr"))
+
+
+def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """`["top_k=(1, 2)", "act_layer=gelu"]` -> values as Python literals, or as text where they are none."""
+    arguments = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"{text!r} is not of the form name=value")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    return arguments
+
+
+Arguments = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE",
+        instance_from_str=parse_arguments,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={argument!r}" for name, argument in value.items()],
+    ),
+]
+"""Keyword arguments of a model; on a command line `name=value name=value`, as timm's scripts have it."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: a model of timm's registry, ours included."""
+
+    name: str = "sparse_mlp_t4_32"
+    """Name of the model (sparse-mlp models lists them)."""
+
+    args: Arguments = field(default_factory=dict)
+    """Arguments of the model, for example: top_k=(1,1) sparse_blocks=4 drop_path_rate=0.1. They join the recipe's own.
+    Image size, channels and classes come from the data."""
+
+    pretrained: bool = False
+    """Start from the weights that timm publishes for this name."""
+
+    final_norm: bool = True
+    """Keep the norm before the pooling and the classifier. Without a class token, features that MoCo v3 pre-trains are
+    better probed without it (its table 4); what begins with such weights has to leave it out too."""
+
+    weights: str | None = None
+    """Start from the weights in this file (.safetensors, .pth, a published Mixer .npz, or a run folder); the head stays
+    new where the classes are others."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the recipes of all kinds have in common. A kind that trains adds `optim`, `schedule` and `train`."""
+
+    kind: ClassVar[str]
+    """Name of the kind of run, as in `sparse_mlp.jobs`; config.json holds it."""
+
+    name: str = "custom"
+    """What the run folder is called if --out does not say."""
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as config.json holds it."""
+    return {"kind": recipe.kind, **json.loads(json.dumps(dataclasses.asdict(recipe)))}
+
+
+def from_json(kind: type[T], values: Any, where: str = "") -> T:
+    """A dataclass from its JSON value. UserError, with the nearest name, for an unknown field or a wrong value."""
+    if isinstance(values, dict) and issubclass(kind, Recipe):
+        values = {name: value for name, value in values.items() if name != "kind"}
+    _check_names(kind, values, where)
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        if "error" in first.get("ctx", {}):  # raised by a __post_init__
+            raise UserError(str(first["ctx"]["error"])) from None
+        name = ".".join([where, *map(str, first["loc"])]).strip(".")
+        raise UserError(f"{name or 'the configuration'} is {first['input']!r}: {first['msg']}") from None
+
+
+def differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the fields in which two recipes differ, with both values."""
+    one, two = (flatten(to_json(recipe)) for recipe in (first, second))
+    return {
+        name: (one.get(name), two.get(name)) for name in [*one, *(two.keys() - one)] if one.get(name) != two.get(name)
+    }
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested configurations as dotted names -> values; a model's arguments stay together."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and prefix + name != "model.args":
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def override(recipe: R, changes: Mapping[str, Any]) -> R:
+    """The recipe with other values in some fields: `override(recipe, {"train": {"epochs": 2}, "name": "mine"})`.
+
+    What depends on the changed fields follows, as `settle` has it. UserError for an unknown field or a wrong value.
+    """
+    values = to_json(recipe)
+    for name, change in changes.items():
+        if isinstance(change, Mapping) and isinstance(values.get(name), dict):
+            values[name] = {**values[name], **change}
+        else:
+            values[name] = dataclasses.asdict(change) if dataclasses.is_dataclass(change) else change  # type: ignore[arg-type]
+    return settle(recipe, from_json(type(recipe), json.loads(json.dumps(values))))
+
+
+def settle(default: R, given: R) -> R:
+    """`given`, which is `default` with some fields changed by a user, with what follows from these changes.
+
+    - One of train.epochs, steps and minutes replaces the recipe's own.
+    - Learning rates that were not given follow the batch size in proportion.
+    - Model arguments join the recipe's as long as the model is the same, and are dropped with another model.
+    """
+    given = _settle_length(default, given)
+    given = _settle_rates(default, given)
+    return _settle_model(default, given)
+
+
+def _settle_length(default: R, given: R) -> R:
+    train, before = getattr(given, "train", None), getattr(default, "train", None)
+    changed = [name for name in LENGTHS if getattr(train, name, None) != getattr(before, name, None)]
+    if train is None or len(changed) != 1 or getattr(train, changed[0]) is None:
+        return given
+    shortened: Any = {"train": replace(train, **{name: None for name in LENGTHS if name != changed[0]})}
+    return replace(given, **shortened)
+
+
+def _settle_rates(default: R, given: R) -> R:
+    size, before = (getattr(getattr(recipe, "data", None), "batch_size", None) for recipe in (given, default))
+    optim = getattr(given, "optim", None)
+    if not size or not before or size == before or not optim or optim.lr != default.optim.lr:  # type: ignore[attr-defined]
+        return given
+    for part, name in _LEARNING_RATES:
+        rate = getattr(getattr(default, part), name)
+        if rate and getattr(getattr(given, part), name) == rate:
+            given = replace(given, **{part: replace(getattr(given, part), **{name: rate * size / before})})
+    return given
+
+
+def _settle_model(default: R, given: R) -> R:
+    model, before = getattr(given, "model", None), getattr(default, "model", None)
+    if not isinstance(model, ModelConfig) or not isinstance(before, ModelConfig):
+        return given
+    if model.name == before.name:
+        args = {**before.args, **model.args}
+    else:
+        args = {} if model.args == before.args else model.args
+    return replace(given, model=replace(model, args=args))  # type: ignore[call-arg]
+
+
+def _check_names(kind: Any, values: Any, where: str) -> None:
+    """UserError, with the nearest name, for a field that the dataclass does not have."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where or 'the configuration'} should be a JSON object, not {values!r}")
+    fields, hints = [entry.name for entry in dataclasses.fields(kind)], typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise UserError(f"unknown field {prefix}{name}" + (f"; nearest: {prefix}{near[0]}" if near else ""))
+        if dataclasses.is_dataclass(hints[name]):
+            _check_names(hints[name], value, prefix + name)

@@ -1,0 +1,210 @@
+"""A run from its start to its end, whatever its kind, and afterwards: the same for the command and for Python."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from sparse_mlp import distributed
+from sparse_mlp.engine import Evaluation, RunFolder
+from sparse_mlp.engine.run import naming, write_json
+from sparse_mlp.errors import UserError
+from sparse_mlp.jobs.job import Context, Job, Row
+from sparse_mlp.jobs.kinds import job_type
+from sparse_mlp.jobs.recipe import LENGTHS, Recipe, differences, override, to_json
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what can be done with it."""
+
+    path: Path
+
+    @property
+    def folder(self) -> RunFolder:
+        """FileNotFoundError if the path is no run folder."""
+        return RunFolder.open(self.path)
+
+    @property
+    def job(self) -> type[Job]:
+        """The job class of the run's kind."""
+        return job_type(kind_of(self.folder))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the run was made with."""
+        return self.job.stored(self.folder)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the last evaluation. FileNotFoundError if the run has not finished."""
+        results = self.folder.results()
+        if results is None:
+            raise FileNotFoundError(f"{self.path} has not finished: go on with --resume {self.path}")
+        return results["metrics"]
+
+    def evaluate(self, **options: Any) -> dict[str, float]:
+        """Metrics of the newest weights; options as in `sparse-mlp eval`."""
+        job, folder = self.job, self.folder
+        given = replace(job.eval_options(folder), **options)
+        with distributed.join(given.device) as device:
+            return job.evaluate(folder, given, device).metrics
+
+    def predict(self, *files: str | Path, **options: Any) -> list[Row]:
+        """One row for each item in the files; options as in `sparse-mlp predict`."""
+        return self.job.predict(self.folder, [str(file) for file in files], self.job.predict_options_type(**options))
+
+    def report(self) -> Path:
+        """Write the run's page; returns its path."""
+        return self.job.report(self.folder)
+
+    def export(self, target: str | Path) -> str:
+        """Write the run's model as bare weights; returns the code that loads them."""
+        return self.job.export(self.folder, Path(target))
+
+
+def kind_of(folder: RunFolder) -> str:
+    """The kind that a run's config.json names. UserError if it names none."""
+    kind = folder.config().get("kind")
+    if not isinstance(kind, str):
+        raise UserError(f"{folder.config_path} names no kind of run")
+    return kind
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    datasets: tuple[Dataset, Dataset] | None = None,
+    show: bool = True,
+) -> Run:
+    """Run a recipe to its end in a new folder: metrics, checkpoints, predictions, weights, report. Collective.
+
+    Args:
+        recipe: of any kind; `sparse_mlp.recipe` makes one by name.
+        out: the folder; left out, runs/ and the recipe's name, numbered if that exists.
+        datasets: a training and a test set of your own, `torch.utils.data.Dataset`s of (image, label), in place of the
+            set that the recipe names.
+        show: a progress bar.
+
+    UserError or OSError in one line for whatever does not exist or fit; FileExistsError if the folder holds a run.
+    """
+    context = Context(trusted=True, datasets=datasets)
+    return _start(recipe, context, Path(out) if out is not None else None, resume=False, show=show)
+
+
+def resume(
+    path: str | Path,
+    changes: Mapping[str, Any] | Recipe | None = None,
+    *,
+    datasets: tuple[Dataset, Dataset] | None = None,
+    trusted: bool = False,
+    show: bool = True,
+) -> Run:
+    """Go on with a run exactly where it was. Collective.
+
+    Args:
+        path: the run's folder.
+        changes: fields to change, as in `sparse_mlp.recipe`, or the changed recipe: those that the weights do not
+            depend on, and a larger train.epochs or train.steps where the schedule can go on.
+        datasets: those of a run that was trained on datasets of your own.
+        trusted: open the data that the folder names even if that can execute or fetch something.
+    """
+    run = Run(Path(path))
+    stored = run.recipe
+    asked = changes if isinstance(changes, Recipe) else override(stored, changes or {})
+    check_resume(run.path, stored, asked)
+    context = Context(run.folder, trusted=trusted, datasets=datasets)
+    return _start(asked, context, run.path, resume=True, show=show)
+
+
+def check(recipe: Recipe, out: Path) -> None:
+    """UserError or OSError if a recipe cannot be trained in a new folder; nothing is written."""
+    kind = job_type(recipe.kind)
+    with distributed.join(kind.device_of(recipe)) as device:
+        kind(recipe, Context(trusted=True)).prepare(RunFolder(choose_folder(recipe.name, out, resume=False)), device)
+
+
+def _start(recipe: Recipe, context: Context, out: Path | None, *, resume: bool, show: bool) -> Run:
+    kind = job_type(recipe.kind)
+    # The device is known before the job is built, so that all ranks build it as one group.
+    with distributed.join(kind.device_of(recipe)) as device:
+        # Decided by one rank: the others may look when it has made the folder already.
+        run = RunFolder(distributed.on_main(lambda: choose_folder(recipe.name, out, resume)))
+        job = kind(recipe, context)
+        job.prepare(run, device)
+        # Only now, so that a recipe that cannot be trained leaves no folder.
+        distributed.on_main(lambda: _write_start(run, job, resume))
+        evaluation = job.fit(run, device, resume=resume, show=show)
+        distributed.on_main(lambda: _finish(run, job, evaluation))
+        return Run(run.path)
+
+
+def _write_start(run: RunFolder, job: Job, resume: bool) -> None:
+    if not resume:
+        RunFolder.create(run.path, to_json(job.recipe))
+    elif run.config() != to_json(job.recipe):
+        write_json(run.config_path, to_json(job.recipe))
+    for name, content in job.inputs().items():
+        write_json(run.path / name, content)
+
+
+def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
+    """The last weights, predictions, results and report of a run into its folder."""
+    if run.has_checkpoint():
+        _link(run.weights(), run.path / "model.safetensors")
+    temporary = run.path / ".predictions.tmp.npz"
+    with naming(run.path / "predictions.npz"):
+        np.savez_compressed(temporary, **job.predictions(evaluation))  # type: ignore[arg-type]
+    temporary.replace(run.path / "predictions.npz")
+    job.finish(run, evaluation)
+    write_json(run.results_path, {"metrics": evaluation.metrics})
+    page = type(job).report(run, replace(job.context, run=run))
+    _log.info(f"{job.summary(evaluation)}; report: {page}")
+
+
+def check_resume(folder: Path, stored: Recipe, asked: Recipe) -> None:
+    """UserError if a run would go on with other settings than it began with.
+
+    Whether a run can become longer is for the trainer to say, which knows the schedule.
+    """
+    free = job_type(stored.kind).free | {f"train.{name}" for name in LENGTHS}
+    changed = {name: values for name, values in differences(stored, asked).items() if name not in free}
+    if changed:
+        listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in list(changed.items())[:5])
+        raise UserError(f"{folder} cannot be resumed with another configuration: {listed}")
+
+
+def choose_folder(name: str, folder: Path | None, resume: bool) -> Path:
+    """The folder asked for, else runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist."""
+    if folder is None:
+        tries = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+        return next(path for path in tries if not path.exists())
+    if not folder.name:  # "" and ".": the run's dozen files would lie among others
+        raise UserError(f"--out {str(folder)!r} names no folder of its own")
+    in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if in_the_way is not None:
+        raise FileExistsError(f"{folder} cannot be a run folder: {in_the_way} is a file")
+    if not resume and RunFolder(folder).is_begun():
+        raise FileExistsError(f"{folder} holds a run already; go on with --resume {folder} or name another --out")
+    return folder
+
+
+def _link(source: Path, target: Path) -> None:
+    """The final weights under a lasting name; no second copy on the disk where the file system can do without."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

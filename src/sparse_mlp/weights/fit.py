@@ -1,0 +1,63 @@
+"""Whether named tensors fit where they are to go: one check and one message for every way weights come in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_mlp.errors import UserError
+
+__all__ = ["CheckpointMismatch", "add_batch_counters", "check_fit", "shapes"]
+
+Shape = tuple[int, ...]
+
+
+class CheckpointMismatch(UserError):
+    """Weights that do not fit. `matched`, `missing`, `unexpected` and `misshapen` are the lists of names."""
+
+    def __init__(
+        self, what: str, matched: list[str], missing: list[str], unexpected: list[str], misshapen: dict[str, str]
+    ) -> None:
+        self.matched, self.missing, self.unexpected, self.misshapen = matched, missing, unexpected, list(misshapen)
+        parts = {
+            "missing": missing,
+            "unexpected": unexpected,
+            "of another shape": [f"{name} {shapes}" for name, shapes in misshapen.items()],
+        }
+        listed = ", ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in parts.items() if names)
+        super().__init__(f"{what}: {len(matched)} matched, {listed}")
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_fit(found: Mapping[str, Shape], wanted: Mapping[str, Shape], what: str) -> None:
+    """Raise `CheckpointMismatch` unless `found` has exactly the names and shapes of `wanted`.
+
+    `what` begins the message: "the weights in FILE do not fit this model".
+    """
+    both = [name for name in wanted if name in found]
+    misshapen = {name: f"{found[name]} for {wanted[name]}" for name in both if found[name] != wanted[name]}
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    if missing or unexpected or misshapen:
+        matched = [name for name in both if name not in misshapen]
+        raise CheckpointMismatch(what, matched, missing, unexpected, misshapen)
+
+
+def add_batch_counters(found: dict[str, Tensor], wanted: Mapping[str, Shape]) -> None:
+    """Add to `found` the `num_batches_tracked` of batch norms that old checkpoints lack, at zero as torch does.
+
+    No result depends on them unless a batch norm's momentum is None.
+    """
+    for name in wanted:
+        norm, _, leaf = name.rpartition(".")
+        if leaf == "num_batches_tracked" and name not in found and f"{norm}.running_mean" in found:
+            found[name] = torch.tensor(0)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

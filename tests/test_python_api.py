@@ -1,0 +1,91 @@
+"""What a script or a notebook uses: recipes, runs, and datasets of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+import sparse_mlp
+from sparse_mlp.errors import UserError
+
+TINY = {"args": {"num_blocks": 2, "embed_dim": 16, "sparse_blocks": 1, "patch_size": 4}}
+
+
+class Stripes(Dataset):
+    """8x8 grey images with a stripe across or down; draws noise as a user's augmentation would."""
+
+    classes = ("across", "down")
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        pixels = (torch.rand(8, 8) * 60).to(torch.uint8).numpy()
+        down = index % 2
+        line = index // 2 % 8
+        pixels[(slice(None), line) if down else (line, slice(None))] = 250
+        return Image.fromarray(np.ascontiguousarray(pixels)), down
+
+
+@pytest.fixture(scope="module")
+def recipe() -> sparse_mlp.jobs.Recipe:
+    return sparse_mlp.recipe(
+        "digits_sparse", model=TINY, data={"batch_size": 16}, train={"steps": 24, "save_every": 8, "keep": 9}
+    )
+
+
+@pytest.fixture(scope="module")
+def run(recipe: sparse_mlp.jobs.Recipe, tmp_path_factory: pytest.TempPathFactory) -> sparse_mlp.Run:
+    out = tmp_path_factory.mktemp("own") / "run"
+    return sparse_mlp.train(recipe, out, datasets=(Stripes(64), Stripes(20)), show=False)
+
+
+def test_a_dataset_of_ones_own_is_trained_on(run: sparse_mlp.Run, tmp_path: Path) -> None:
+    assert run.metrics["images"] == 20 and run.metrics["top1"] > 0.6
+    assert run.recipe.data.name == "own"
+    Stripes(2)[1][0].save(tmp_path / "x.png")
+    (row,) = run.predict(tmp_path / "x.png")
+    assert row["class_1"] in Stripes.classes
+
+
+def test_it_is_resumed_to_the_bit(run: sparse_mlp.Run, recipe: sparse_mlp.jobs.Recipe, tmp_path: Path) -> None:
+    sets = (Stripes(64), Stripes(20))
+    other = sparse_mlp.train(recipe, tmp_path / "run", datasets=sets, show=False)
+    for checkpoint in sorted((other.path / "checkpoints").iterdir())[1:]:
+        checkpoint.rename(tmp_path / checkpoint.name)
+    with pytest.raises(UserError, match="pass them as `datasets` again"):
+        sparse_mlp.resume(other.path, show=False)
+    sparse_mlp.resume(other.path, datasets=sets, show=False)
+    assert (other.path / "model.safetensors").read_bytes() == (run.path / "model.safetensors").read_bytes()
+
+
+def test_a_run_is_a_folder_and_what_can_be_done_with_it(tmp_path: Path) -> None:
+    recipe = sparse_mlp.recipe("digits_mixer", model={"args": {"num_blocks": 1, "embed_dim": 16}}, train={"steps": 4})
+    run = sparse_mlp.train(recipe, tmp_path / "run", show=False)
+    again = sparse_mlp.Run(tmp_path / "run")
+    assert again == run and again.recipe == recipe
+    assert again.evaluate() == pytest.approx(run.metrics)
+    assert again.report() == tmp_path / "run" / "report.html"
+    assert "timm.create_model('mixer_t4_32'" in again.export(tmp_path / "weights.safetensors")
+
+
+def test_a_run_without_a_name_for_its_folder_is_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = sparse_mlp.recipe("digits_mixer", model={"args": {"num_blocks": 1, "embed_dim": 16}}, train={"steps": 1})
+    paths = [sparse_mlp.train(recipe, show=False).path for _ in range(2)]
+    assert paths == [Path("runs/digits_mixer"), Path("runs/digits_mixer-2")]
+
+
+def test_what_there_is_not() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        sparse_mlp.trian  # noqa: B018
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
+        sparse_mlp.Run(Path("/no/such/run")).recipe  # noqa: B018
