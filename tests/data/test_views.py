@@ -7,7 +7,16 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from sparse_mlp.data import DataConfig, ViewsConfig, build_views, eval_loader, view_loader
+from sparse_mlp.data import (
+    AugmentConfig,
+    DataConfig,
+    ImageData,
+    ViewsConfig,
+    build_datasets,
+    eval_loader,
+    in_two_views,
+    view_loader,
+)
 from sparse_mlp.data.randomness import preserved_generators, seed_generators
 from sparse_mlp.data.view_transforms import (
     VIEW_DRAWS,
@@ -23,6 +32,10 @@ from sparse_mlp.errors import UserError
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 GREY = {"saturation": 0.0, "hue": 0.0, "grey": 0.0}
 OFF = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": (0.0, 0.0)}
+
+
+def build_views(data: DataConfig, views: ViewsConfig) -> ImageData:
+    return in_two_views(build_datasets(data, AugmentConfig()), views)
 
 
 @pytest.fixture
