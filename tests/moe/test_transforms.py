@@ -133,6 +133,34 @@ def test_torch_func_in_training_has_the_balance_loss_too(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("kwargs", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_per_sample_and_tangents_in_training(kwargs, dtype: torch.dtype) -> None:
+    """The balance loss of each sample by itself; the meters, which hold one forward, are left alone."""
+    layer, x = make(dtype, balance_weight=0.5, **kwargs).train(), torch.randn(3, 4, 5, dtype=dtype)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    before = telemetry.collect(layer)[""].to_dict()
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    _, tangent = torch.func.jvp(lambda x: loss(parameters, x), (x[0],), (x[0],))
+    assert telemetry.collect(layer)[""].to_dict() == before
+    for i, one in enumerate(x):
+        layer.zero_grad()
+        leaf = one.clone().requires_grad_()
+        layer(leaf).square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(found[name][i], parameter.grad)
+        if i == 0:  # forward mode follows the output, which the balance loss leaves as it is
+            layer.eval()
+            leaf = one.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(layer(leaf).square().sum(), leaf)
+            torch.testing.assert_close(tangent, (grad * one).sum())
+            layer.train()
+
+
+@pytest.mark.parametrize("kwargs", MODES)
 def test_a_traced_layer_routes_other_items_elsewhere(kwargs) -> None:
     layer = make(torch.float32, **kwargs)
     with warnings.catch_warnings():

@@ -72,7 +72,6 @@ class _InjectGradient(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         _, loss, scale = inputs
         ctx.save_for_backward(scale)
-        ctx.save_for_forward(scale)
         ctx.loss_dtype = loss.dtype
 
     @staticmethod
@@ -90,10 +89,10 @@ class _InjectInTransforms(_InjectGradient):
 
     @staticmethod
     def vmap(info, in_dims, output, loss, scale):  # type: ignore[no-untyped-def]
-        (output_dim, loss_dim, _), size = in_dims, info.batch_size
-        output = output.expand(size, *output.shape) if output_dim is None else output.movedim(output_dim, 0)
-        if loss_dim is not None:
-            loss = loss.sum()  # each has the gradient `scale`, and so has each part of the sum
+        output_dim, *dims = in_dims
+        output = output.expand(info.batch_size, *output.shape) if output_dim is None else output.movedim(output_dim, 0)
+        if any(dim is not None for dim in dims):  # each loss has its scale as gradient, and so it has in their sum
+            loss, scale = (loss * scale).sum(), torch.ones_like(scale.sum())
         return _InjectInTransforms.apply(output, loss, scale), 0
 
 

@@ -44,8 +44,8 @@ def apply_experts(
     row_M = torch.arange(m, device=rows_MD.device)
     expert_M = (row_M.unsqueeze(1) >= last_E).sum(1)
     place_M = row_M - first_E[expert_M]
-    block_M = first_block_E[expert_M] + place_M // size
-    return y_BSD[block_M, place_M % size]
+    block_M = place_M // size  # of the expert's own
+    return y_BSD[first_block_E[expert_M] + block_M, place_M - block_M * size]
 
 
 def _batched(x_ESD: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str) -> Tensor:

@@ -13,6 +13,7 @@ from sparse_mlp.moe import balance, dispatch, telemetry
 from sparse_mlp.moe.arguments import check_arguments, warn_if_rounded
 from sparse_mlp.moe.buffers import NonPersistentBuffers
 from sparse_mlp.moe.experts import Experts
+from sparse_mlp.moe.kernels import in_transform
 from sparse_mlp.moe.router import NoisyTopKRouter, Routing
 
 
@@ -24,8 +25,7 @@ class MoeMlp(NonPersistentBuffers):
     unless told otherwise, so that an image's result does not depend on the other images of the batch.
 
     Args:
-        dim: D, width of an item.
-        hidden_dim: H, hidden width of each expert.
+        dim: D, width of an item. hidden_dim: H, hidden width of each expert.
         num_experts: E. top_k: K, experts per item.
         capacity_ratio: rows per expert in training, as a multiple of the even share N K / E; None is dropless.
             A choice that finds no row is dropped: it adds zero, and the residual around the layer carries the item.
@@ -33,12 +33,11 @@ class MoeMlp(NonPersistentBuffers):
         capacity_group: what a capacity is counted over: "image" (each entry of the first dimension, for inputs of
             three or more dimensions) or "batch" (all items).
         prioritized: items take rows by falling first gate (Batch Prioritized Routing) rather than in their order.
-        noise_std: of the router's logits in training; default 1/E.
+        noise_std: of the router's logits in training; default 1/E. act: "gelu" or "gelu_tanh".
         balance_weight: of the balance loss L_imp/2 + L_load/2, whose gradient the layer adds by itself. A loop that
             multiplies its loss (accumulation, fp16) must say so: see `balance`, which has the other way too.
-        act: "gelu" or "gelu_tanh".
 
-    Attributes to set from outside:
+    Set from outside:
         dispatcher: brings items to the experts and back, in place of `dispatch.local`.
         balance_reduce: a differentiable sum of the balance totals, (1 or 2, E), over ranks.
         on_routing: receives a `telemetry.RoutingRecord` of each forward.
@@ -143,7 +142,8 @@ class MoeMlp(NonPersistentBuffers):
         if self.balance_reduce is not None:  # by ranks without an item too, for the others wait for them
             totals = self.balance_reduce(totals)
         loss = balance.balance_loss(totals)
-        self.meter.update(plan, importance_E, entropies, loss)
+        if not in_transform(loss):
+            self.meter.update(plan, importance_E, entropies, loss)
         if self.on_balance_loss is not None:
             self.on_balance_loss(self.balance_weight * loss)
             return y_ND

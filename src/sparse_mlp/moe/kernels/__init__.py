@@ -61,7 +61,7 @@ def _implementation(plain: F, args: tuple[Any, ...]) -> Callable[..., Any]:
         return plain
     if torch.compiler.is_compiling():
         return grouped.OPERATORS.get(plain.__name__, plain) if grouped.serves(args) else plain
-    if any(isinstance(arg, Tensor) and _is_transformed(arg) for arg in args):
+    if any(isinstance(arg, Tensor) and (_is_subclass(arg) or in_transform(arg)) for arg in args):
         return plain
     for backend in (cpu, grouped):
         if plain.__name__ in backend.OPERATORS and backend.serves(args):
@@ -69,10 +69,12 @@ def _implementation(plain: F, args: tuple[Any, ...]) -> Callable[..., Any]:
     return plain
 
 
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether this is a subclass, or torch.func or forward-mode AD is at work on it."""
-    return (
-        type(tensor) not in (Tensor, nn.Parameter)
-        or torch.func.debug_unwrap(tensor) is not tensor
-        or unpack_dual(tensor).tangent is not None
-    )
+def in_transform(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func or forward-mode AD is at work on this tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.func.debug_unwrap(tensor) is not tensor or unpack_dual(tensor).tangent is not None
+
+
+def _is_subclass(tensor: Tensor) -> bool:
+    return type(tensor) not in (Tensor, nn.Parameter)
