@@ -29,3 +29,8 @@ def test_alone_nothing_is_summed():
     model = nn.Sequential(MoeMlp(4, 4, 2), MoeMlp(4, 4, 2), nn.Linear(4, 4))
     assert sync_balance(model) == 2
     assert model[0].balance_reduce is None
+
+
+def test_a_rank_without_an_item_takes_part(launch):
+    errors: list[str] = []
+    assert launch(PROGRAM.with_name("balance_without_items.py"), {}, ranks=2, errors=errors) == [0, 0], errors

@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 
-from sparse_mlp.moe import MoeMlp, Routing, balance, set_balance_scale, telemetry
+from sparse_mlp.moe import MoeMlp, balance, collect_balance_loss, set_balance_scale, telemetry
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def totals_of(layer: MoeMlp, x: torch.Tensor) -> torch.Tensor:
+    """Without noise."""
+    routing = layer.router(x)
+    return balance.expert_totals(routing.logits_NE, routing.noisy_NE, routing.experts_NK, 0.0)[0]
 
 
 def test_importance_loss_of_vmoes_vector() -> None:
@@ -28,12 +36,12 @@ def test_balance_loss_is_half_of_each_and_importance_alone_without_noise() -> No
     torch.manual_seed(0)
     logits = torch.randn(50, 4)
     noisy = logits + 0.25 * torch.randn(50, 4)
-    gates, experts = noisy.softmax(-1).topk(2)
-    routing = Routing(logits, gates, experts, logits, noisy)
+    _, experts = noisy.topk(2)
+    routing = logits, noisy, experts
     imp = balance.squared_variation(balance.importance(logits))
     load = balance.squared_variation(balance.load(logits, noisy.topk(2)[0][:, -1:], 0.25))
-    torch.testing.assert_close(balance.balance_loss(balance.expert_totals(routing, 0.25)), imp / 2 + load / 2)
-    torch.testing.assert_close(balance.balance_loss(balance.expert_totals(routing, 0.0)), imp / 2)
+    torch.testing.assert_close(balance.balance_loss(balance.expert_totals(*routing, 0.25)[0]), imp / 2 + load / 2)
+    torch.testing.assert_close(balance.balance_loss(balance.expert_totals(*routing, 0.0)[0]), imp / 2)
 
 
 @pytest.mark.parametrize("num_experts", [1, 4])
@@ -58,7 +66,7 @@ def test_injected_gradient_is_that_of_adding_the_loss() -> None:
     layer.zero_grad()
     plain = copy.deepcopy(layer)
     plain.balance_weight = 0.0
-    added = 0.3 * balance.balance_loss(balance.expert_totals(plain.router(x), 0.0))
+    added = 0.3 * balance.balance_loss(totals_of(plain, x))
     (plain(x).pow(2).mean() + added).backward()
     torch.testing.assert_close(injected, plain.router.weight.grad)
 
@@ -101,7 +109,7 @@ def test_a_reduced_total_is_what_the_loss_is_taken_of() -> None:
     x = torch.randn(32, 8)
     whole(x).mul(0).sum().backward()
     halves = [copy.deepcopy(whole) for _ in range(2)]
-    others = [balance.expert_totals(whole.router(half), 0.0).detach() for half in x.chunk(2)]
+    others = [totals_of(whole, half).detach() for half in x.chunk(2)]
     for layer, half, other in zip(halves, x.chunk(2), reversed(others), strict=True):
         layer.zero_grad()
         layer.balance_reduce = lambda totals, other=other: totals + other
@@ -118,3 +126,66 @@ def test_far_from_the_threshold_the_loads_gradient_is_zero_and_not_subnormal() -
     assert grad_NE.max() > 1
     assert grad_NE.min() == 0
     assert grad_NE[grad_NE != 0].min() >= torch.finfo(torch.float32).tiny
+
+
+def balanced_layer() -> tuple[MoeMlp, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = MoeMlp(8, 16, 4, balance_weight=0.3, noise_std=0.0)
+    torch.nn.init.normal_(layer.router.weight)
+    return layer, torch.randn(80, 8)
+
+
+def router_gradient(layer: MoeMlp) -> torch.Tensor:
+    gradient = layer.router.weight.grad
+    assert gradient is not None
+    layer.zero_grad()
+    return gradient.clone()
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_foreign_loop_with_the_scale_or_with_the_loss_collected(accumulation: int, loss_scale: float) -> None:
+    """A plain loop with accumulation, fp16 scaling or both: the mean over micro-batches of task and balance loss."""
+    layer, x = balanced_layer()
+    wanted = torch.zeros_like(layer.router.weight)
+    for part in x.chunk(accumulation):  # one at a time, unscaled
+        layer(part).square().mean().backward()
+        wanted += router_gradient(layer) / accumulation
+
+    set_balance_scale(layer, loss_scale / accumulation)
+    for part in x.chunk(accumulation):
+        (layer(part).square().mean() / accumulation * loss_scale).backward()
+    torch.testing.assert_close(router_gradient(layer) / loss_scale, wanted)
+
+    set_balance_scale(layer, 1.0)
+    for part in x.chunk(accumulation):
+        with collect_balance_loss(layer) as balance_losses:
+            y = layer(part)
+        loss = y.square().mean() + sum(balance_losses)
+        (loss / accumulation * loss_scale).backward()
+    torch.testing.assert_close(router_gradient(layer) / loss_scale, wanted)
+
+
+def test_losses_are_collected_from_every_layer_and_only_inside_the_block() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(MoeMlp(8, 8, 4, balance_weight=0.5), torch.nn.Tanh(), MoeMlp(8, 8, 2))
+    x = torch.randn(20, 8)
+    with collect_balance_loss(model) as losses:
+        model(x)
+        assert len(losses) == 2
+        model.eval()(x)
+        assert len(losses) == 2, "evaluation has none"
+    torch.testing.assert_close(losses[0].detach(), 0.5 * model[0].meter.balance_loss)
+    model.train()
+    model(x).mul(0).sum().backward()
+    assert len(losses) == 2
+    assert model[0].router.weight.grad.abs().max() > 0, "and injects again"
+    copy.deepcopy(model)
+
+
+def test_nothing_is_injected_while_losses_are_collected() -> None:
+    layer, x = balanced_layer()
+    with collect_balance_loss(layer):
+        y = layer(x)
+    y.mul(0).sum().backward()
+    assert not router_gradient(layer).any()

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from sparse_mlp.moe import MoeMlp, NoisyTopKRouter
-from sparse_mlp.moe.router import largest, softmax_over_experts
+from sparse_mlp.moe.router import top_gates
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def test_gates_are_the_raw_softmax_values_in_falling_order() -> None:
@@ -17,16 +19,32 @@ def test_gates_are_the_raw_softmax_values_in_falling_order() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (7, 4), (49, 8), (5, 64)])
-def test_the_fast_softmax_and_maximum_are_torchs(shape: tuple[int, int]) -> None:
+def test_gates_are_torchs_topk_of_the_softmax(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    ours, plain = softmax_over_experts(logits), logits.softmax(-1)
-    torch.testing.assert_close(ours, plain)
-    weights = torch.randn_like(plain)
-    grads = [torch.autograd.grad(p, logits, weights, retain_graph=True)[0] for p in (ours, plain)]
-    torch.testing.assert_close(*grads)
+    logits = torch.randn(shape, requires_grad=True)
     for k in (1, min(3, shape[1])):
-        assert torch.equal(largest(logits, k), plain.topk(k, dim=-1).indices)
+        gates, experts = top_gates(logits, k)
+        wanted, indices = logits.softmax(-1).topk(k, dim=-1)
+        torch.testing.assert_close(gates, wanted)
+        assert torch.equal(experts, indices)
+        weights = torch.randn_like(gates)
+        grads = [torch.autograd.grad(g, logits, weights, retain_graph=True)[0] for g in (gates, wanted)]
+        torch.testing.assert_close(*grads)
+
+
+def test_of_equal_logits_the_first_comes_first() -> None:
+    _, experts = top_gates(torch.tensor([[1.0, 2.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]]), 3)
+    assert experts.tolist() == [[1, 2, 0], [0, 1, 2]]
+
+
+def test_a_logit_that_is_not_a_number_reaches_only_its_own_items_gates() -> None:
+    logits = torch.randn(5000, 3)
+    gates, _ = top_gates(logits, 2)
+    logits[7] = float("nan")
+    spoilt, experts = top_gates(logits, 2)
+    assert spoilt[7].isnan().all()
+    assert len(set(experts[7].tolist())) == 2
+    assert torch.equal(spoilt[8:], gates[8:])
 
 
 def test_experts_whose_gates_round_to_zero_are_still_told_apart() -> None:
