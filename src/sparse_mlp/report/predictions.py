@@ -71,7 +71,7 @@ def reduce_predictions(arrays: Mapping[str, NDArray[Any]], source: str = "predic
         raise UserError(f"{source}: index {index.shape}, target {target.shape} and logits {logits.shape} do not fit")
     if len(target) and target.max() >= logits.shape[1]:
         raise UserError(f"{source}: targets {target.min()} to {target.max()} do not fit {logits.shape[1]} classes")
-    parts = [logits[start : start + _CHUNK].astype(np.float64) for start in range(0, len(logits), _CHUNK)]
+    parts = (logits[start : start + _CHUNK].astype(np.float64) for start in range(0, len(logits), _CHUNK))
     probability = [np.exp(part.max(axis=1) - logsumexp(part, axis=1)) for part in parts]
     return Predictions(
         index=index.astype(np.int64),
