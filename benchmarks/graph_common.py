@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from sparse_mlp.data.graphs import Graph, NodeBatches, feature_rows
+from sparse_mlp.data.graphs import Graph, feature_rows
+from sparse_mlp.data.node_batches import NodeBatches
+from sparse_mlp.engine import RunFolder, TrainConfig
 from sparse_mlp.models.graph_mlp import GraphMlp, SparseLinear, drop_features
-from sparse_mlp.recipes.graphs import node_recipe
+from sparse_mlp.recipes import graphs
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
-from sparse_mlp.tasks.teacher import TeacherConfig, teach
+from sparse_mlp.tasks.teacher import TeacherConfig, train_teacher
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,21 @@ PUBLISHED = {
 
 
 def ours(name: str) -> Setting:
-    """What `sparse-mlp nodes train NAME` trains."""
-    recipe = node_recipe(name)
+    """What `sparse-mlp train NAME` trains."""
+    recipe = getattr(graphs, name)()
     optim = {"lr": recipe.optim.lr, "weight_decay": recipe.optim.weight_decay, "epochs": recipe.train.steps}
     return Setting(**optim, cosine=recipe.schedule.sched == "cosine", loss=recipe.task, teacher=recipe.teacher)
 
 
 def _accuracy(logits: torch.Tensor, graph: Graph, ids: np.ndarray) -> float:
     return (logits.argmax(1).numpy() == graph.labels[ids]).mean().item() * 100
+
+
+def fit_teacher(graph: Graph, seed: int, config: TeacherConfig) -> np.ndarray:
+    """Probabilities (N, C) of a teacher, trained in a folder that is deleted."""
+    with tempfile.TemporaryDirectory() as folder:
+        train = TrainConfig(steps=1, seed=seed)
+        return train_teacher(graph, config, train, RunFolder(Path(folder)), torch.device("cpu"), show=False)
 
 
 def fit_graph_mlp(graph: Graph, setting: Setting, seed: int) -> dict[str, Any]:
@@ -66,8 +76,10 @@ def fit_graph_mlp(graph: Graph, setting: Setting, seed: int) -> dict[str, Any]:
     optimizer = torch.optim.Adam(task.param_groups(setting.weight_decay), lr=setting.lr)
     schedule = CosineAnnealingLR(optimizer, setting.epochs) if setting.cosine else None
     start = time.process_time()
-    soft = teach(graph, seed, setting.teacher) if setting.loss.distill else None
-    batches = NodeBatches(graph, setting.batch_size, setting.hops, seed, sampling=setting.sampling, soft=soft)
+    teacher = fit_teacher(graph, seed, setting.teacher) if setting.loss.distill else None
+    batches = NodeBatches(
+        graph, setting.batch_size, setting.hops, seed, sampling=setting.sampling, probabilities=teacher
+    )
     rows = {split: feature_rows(graph.features, graph.splits[split]) for split in ("val", "test")}
 
     def score(split: str) -> float:

@@ -20,8 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from graph_common import Gcn, dense_features, edge_index
+from sparse_mlp.data.edges import planted_graph
 from sparse_mlp.data.graph_files import load_graph
-from sparse_mlp.data.graphs import feature_rows, planted_graph
+from sparse_mlp.data.graphs import feature_rows
 from sparse_mlp.models.graph_mlp import GraphMlp
 
 RESULTS = Path(__file__).parent.parent / "docs" / "graph" / "inference.json"

@@ -21,8 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from graph_common import PUBLISHED, Gcn, Results, dense_features, edge_index, fit_gcn, fit_graph_mlp, ours
 from graph_table import bfloat16, plain
+from sparse_mlp.data.edges import add_similar, corrupt_edges, trust_edges
 from sparse_mlp.data.graph_files import load_graph
-from sparse_mlp.data.graphs import Graph, add_similar, corrupt_edges, trust_edges
+from sparse_mlp.data.graphs import Graph
 
 RESULTS = Path(__file__).parent.parent / "docs" / "graph" / "robustness.json"
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)

@@ -20,8 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from graph_common import PUBLISHED, fit_graph_mlp
 from graph_table import bfloat16
+from sparse_mlp.data.edges import planted_graph
 from sparse_mlp.data.graph_files import load_graph
-from sparse_mlp.data.graphs import NodeBatches, eval_batches, planted_graph
+from sparse_mlp.data.node_batches import NodeBatches, eval_batches
 from sparse_mlp.models.graph_mlp import GraphMlp
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
 

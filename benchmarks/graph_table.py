@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from graph_common import PUBLISHED, Results, Setting, fit_gcn, fit_graph_mlp, fit_sgc, ours
-from sparse_mlp.data.graph_files import load_graph
+from sparse_mlp.data.graph_files import Split, load_graph
 from sparse_mlp.data.graphs import Graph
 from sparse_mlp.tasks.nodes import NodeLossConfig
 
@@ -46,7 +46,7 @@ def run(method: str, graph: Graph, seed: int) -> dict[str, float]:
         if graph.name not in CITATION:
             # as published for these graphs (Shchur et al., arXiv 1811.05868): features as they are, GCN 64 wide; with
             # features that sum to one neither learns
-            graph, hidden = load_graph(graph.name, split_seed=seed, row_normalize=False), 64
+            graph, hidden = load_graph(graph.name, split=Split(seed), row_normalize=False), 64
         return fit_gcn(graph, seed, hidden) if method == "gcn" else fit_sgc(graph, seed)
     if method == "mlp":
         return fit_graph_mlp(graph, plain(PUBLISHED["cora"], graph), seed)
@@ -68,7 +68,7 @@ def main() -> None:
     results = Results(RESULTS)
     for seed in range(args.seeds):
         for name in args.graphs:
-            graph = load_graph(name, split_seed=0 if name in CITATION else seed)  # those bring their split
+            graph = load_graph(name, split=Split(0 if name in CITATION else seed))  # those bring their split
             for method in args.methods:
                 found = results.get(f"{name} {method} {seed}", lambda m=method, g=graph, s=seed: run(m, g, s))
                 print(f"{name:10} {method:10} seed {seed}: {found['test']:.1f}", flush=True)

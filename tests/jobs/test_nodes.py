@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import sys
@@ -85,6 +86,8 @@ def test_training_leaves_metrics_weights_predictions_and_a_report(run):
     assert set(run.metrics) == {"loss", "top1", "val_top1", "nodes"}
     stored = np.load(run.path / "predictions.npz")
     assert (stored["logits"].argmax(1) == stored["target"]).mean() == pytest.approx(run.metrics["top1"])
+    rows = list(csv.DictReader((run.path / "predictions.csv").read_text().splitlines()))
+    assert [int(row["predicted"]) for row in rows] == stored["logits"].argmax(1).tolist()
     page = (run.path / "report.html").read_text()
     assert "Test accuracy" in page and not (run.path / "teacher.npz").exists()
     config = json.loads((run.path / "config.json").read_text())

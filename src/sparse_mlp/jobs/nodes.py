@@ -24,6 +24,7 @@ from sparse_mlp.jobs.job import Context, EvalOptions, Job, PredictOptions, Row
 from sparse_mlp.jobs.model import load_weights
 from sparse_mlp.jobs.recipe import Recipe
 from sparse_mlp.models.graph_mlp import GraphMlp
+from sparse_mlp.report import write_predictions_csv
 from sparse_mlp.report.nodes import write_node_report
 
 if missing := [name for name in ("scipy", "torch_geometric") if find_spec(name) is None]:
@@ -156,6 +157,9 @@ class NodesJob(Job[NodesRecipe]):
         found = train_teacher(self.graph, recipe.teacher, recipe.train, run, device, resume=resume, show=show)
         distributed.on_main(lambda: _write_probabilities(path, found))
         return found
+
+    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
+        write_predictions_csv(run.path / "predictions.csv", evaluation.predictions)
 
     def summary(self, evaluation: Evaluation) -> str:
         parts = [("validation", "val_top1"), ("test", "top1")]
