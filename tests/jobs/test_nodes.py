@@ -140,12 +140,22 @@ def test_features_that_do_not_fit_are_named(run, tmp_path, write, message):
 def test_an_exported_network_loads_as_is_printed(run, tmp_path, folder):
     code = run.export(tmp_path / "network.safetensors")
     names: dict = {}
-    exec(f"import sparse_mlp.models.graph_mlp, safetensors.torch\n{code}", names)
+    exec(code, names)
     model, graph = names["model"].eval(), load_graph(str(folder))
     stored = np.load(run.path / "predictions.npz")
     with torch.no_grad():
         logits = model(torch.from_numpy(graph.features[stored["index"]]))
     np.testing.assert_allclose(logits.numpy(), stored["logits"], atol=1e-5)
+
+
+def test_the_report_of_a_run_whose_graph_is_gone_shows_no_nodes(recipe, tmp_path, caplog):
+    graph = tmp_path / "graph"
+    graph.mkdir()
+    run = train(replace(recipe, data=replace(recipe.data, source=str(save_graph(graph)))), tmp_path / "run", show=False)
+    (graph / "data.pt").unlink()
+    page = run.report().read_text()
+    assert "Validation accuracy" in page and "shows no nodes" in caplog.text
+    assert "holds none of" in caplog.text
 
 
 def kill_at(monkeypatch, update_number):
