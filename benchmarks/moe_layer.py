@@ -7,8 +7,9 @@ The tables are made in several fresh processes, whose medians they give, and our
 happens to end decides which alternative takes new pages from the system at every step, for the whole life of the
 process, and that is worth a tenth and more. Beside them two bounds, K times the dense layer's matrix products alone and
 the products of the experts alone, which have fewer rows each and eight times the weights; and with --peers the layers
-that pip installs here (`pip install -e '.[bench]'`), set to drop nothing. Then the layer on other backends, more experts at equal multiply-adds and one single image, both with the bound that memory sets, narrow
-layers, and peak memory.
+that pip installs here (`pip install -e '.[bench]'`), set to drop nothing. Then the layer on other
+backends, more experts at equal multiply-adds and one single image, both with the bound that memory sets, narrow layers,
+and peak memory.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """The headline experiment on CIFAR-10: Sparse-MLP against dense Mixers of equal multiply-adds and of equal parameters.
 
-    python -m experiments.headline run                         # trains what is missing, goes on with what was stopped
-    python -m experiments.headline run supervised --seeds 1    # one part, one seed
-    python -m experiments.headline report                      # tables and figures from the finished runs
+python -m experiments.headline run                         # trains what is missing, goes on with what was stopped
+python -m experiments.headline run supervised --seeds 1    # one part, one seed
+python -m experiments.headline report                      # tables and figures from the finished runs
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,12 +39,9 @@ FIGURES = {
 # and two of the momentum encoder without; a frozen backbone one; the kNN has no steps.
 PASSES = {"pretrain": 2 * (3 + 1), "linear": 1.0, "knn": 0.0}
 
-_log = logging.getLogger("sparse_mlp")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a user's mistake, in one line."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
     given = _parser().parse_args(argv)
     try:
         if given.action == "run":
@@ -53,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             write_results(given.out, given.to)
     except (UserError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -82,10 +78,11 @@ def train_missing(given: argparse.Namespace) -> None:
     for planned in headline_runs(tuple(given.parts) or PARTS, given.seeds):
         folder = given.out / planned.name
         if is_finished(folder):
-            _log.info("%s: finished before", folder)
+            print(f"{folder}: finished before", flush=True)
             continue
         recipe = _with_inputs(planned, given)
-        _log.info("%s: %s", folder, "going on" if (folder / "config.json").is_file() else "training")
+        begun = (folder / "config.json").is_file()
+        print(f"{folder}: {'going on' if begun else 'training'}", flush=True)
         finish(recipe, folder)
 
 
@@ -125,7 +122,7 @@ def write_results(out: Path, target: Path) -> None:
             written.append(target / f"{part}.png")
             study_figure(studies[part][0], metric, label).savefig(written[-1], dpi=160)
     for path in written:
-        sys.stdout.write(f"{path}\n")
+        print(path)
 
 
 def _arms(part: str, out: Path) -> tuple[list[Arm], int]:
@@ -140,7 +137,8 @@ def _arms(part: str, out: Path) -> tuple[list[Arm], int]:
 
 def _arm(name: str, part: str, finished: Sequence[NamedRun], out: Path) -> Arm:
     runs = [Run(out / entry.name) for entry in finished]
-    costs = summarize(runs[0])
+    # A kNN leaves no weights of its own.
+    costs = summarize(Run(out / finished[0].source) if part == "knn" and finished[0].source else runs[0])
     assert costs.macs is not None and costs.parameters is not None
     before = 0.0
     if finished[0].source is not None:

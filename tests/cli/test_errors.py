@@ -50,6 +50,8 @@ def fails(run: Run) -> Callable[..., str]:
         ("train digits_sparse --model.args patch_size=3", "not divisible by patch_size 3"),
         ("train digits_mixer --model.args patch_size=3", "not divisible by its patch size 3"),
         ("train digits_sparse --model.args num_classes=7", "comes from the data"),
+        ("train digits_sparse --model.args checkpoint_path=missing", "use --model.weights"),
+        ("train digits_sparse --out .", "--out '.' names no folder of its own"),
         ("train digits_sparse --data.num-classes 7", "digits has 10 classes"),
         ("train digits_sparse --data.name digit", "did you mean digits"),
         ("train digits_sparse --data.name folder", "--data.root"),

@@ -80,7 +80,7 @@ def test_the_flags_of_the_nearest_neighbours_are_frozen(run: Run):
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("predict", ["--out", "--checkpoint"]),
+        ("predict", ["--out", "--checkpoint", "--trust-data", "--no-trust-data"]),
         ("report", ["--out"]),
         ("recipes", []),
         ("models", ["--all", "--no-all"]),

@@ -108,3 +108,17 @@ def test_every_error_has_a_traceback_on_request(run: Run, monkeypatch: pytest.Mo
     monkeypatch.setenv("SPARSE_MLP_DEBUG", "1")
     with pytest.raises(UserError, match="nearest: digits_sparse"):
         run("train", "digits_sprase")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["compare", "digits_sparse", "-h"]])
+def test_help_needs_neither_torch_nor_timm(words: list[str], run: Run):
+    """In a process of its own: nothing heavy is imported before the text is there."""
+    program = """
+import sys, sparse_mlp_command
+code = sparse_mlp_command.main()
+heavy = [name for name in ("torch", "timm", "numpy") if name in sys.modules]
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == run(*words)[1]

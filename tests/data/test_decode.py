@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -132,6 +133,25 @@ def test_grey_files_of_more_than_eight_bits(tmp_path: Path, name: str, values: n
         assert np.asarray(read_image(tmp_path / name, 3))[0, :, 1].tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("bits", "photometric", "pixels", "expected"),
+    [
+        (16, 1, b"\0\0\xff\xff", [0, 255]),
+        (16, 0, b"\0\0\xff\xff", [255, 0]),
+        (12, 1, b"\x00\x0f\xff\0", [0, 255]),
+        (8, 0, b"\0\xff\0\0", [255, 0]),
+    ],
+)
+def test_tiff_says_how_many_bits_there_are_and_which_end_is_white(
+    tmp_path: Path, bits: int, photometric: int, pixels: bytes, expected: list[int]
+):
+    """Two pixels in a file written by hand: header, pixels, one directory of tags."""
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1), (279, 4)]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<I", 12) + pixels + directory + bytes(4))
+    assert np.asarray(read_image(tmp_path / "a.tif", 1))[0].tolist() == expected
+
+
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_come_upright(tmp_path: Path, ending: str, orientation: int):
@@ -204,7 +224,7 @@ def test_postscript_is_not_handed_to_another_program(tmp_path: Path):
     with pytest.raises(BadImageError, match=r"images ending in \.eps are not read$"):
         read_image(tmp_path / "a.eps", 3)
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
-    with pytest.raises(BadImageError, match="not an image$"):
+    with pytest.raises(BadImageError, match=r"not an image$"):
         read_image(tmp_path / "a.jpg", 3)
     assert "EPS" not in image_formats() and ".eps" not in image_endings()
 

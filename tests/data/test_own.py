@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from sparse_mlp.data import (
@@ -174,3 +177,18 @@ def test_labels_that_are_no_class(label: Any, message: str):
 def test_labels_of_any_integer_type(label: Any):
     data = image_data_from([(PIXELS[0], label)] * 2, [(PIXELS[0], label)], config=CONFIG)
     assert data.train.batch([1])["target"].tolist() == [2] and len(data.classes) == 3
+
+
+def test_files_of_torchvisions_folders_keep_their_names(make_folder: Callable[..., Path]):
+    root = make_folder("set")
+    folder = ImageFolder(str(root))
+    data = image_data_from(Subset(folder, [1, 6]), folder, classes=folder.classes)
+    assert [data.train.file_name(i) for i in range(2)] == ["cat/01.png", "dog/02.png"]
+    assert data.test.file_name(7) == "dog/03.png" and data.test.channels == 3
+    part = image_data_from(folder, folder, config=DataConfig(label_share=0.5)).train
+    assert {part.file_name(i).split("/")[0] for i in range(len(part))} == {"cat", "dog"} and len(part) == 4
+
+
+def test_worker_processes_by_spawn():
+    data = pickle.loads(pickle.dumps(build(TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4)))))
+    assert data.train.batch([1])["image"].shape == (1, 3, 8, 8)

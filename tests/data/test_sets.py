@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import MNIST
 
-from sparse_mlp.data import SETS, AugmentConfig, DataConfig, build_datasets, default_root, train_loader
+from sparse_mlp.data import SETS, AugmentConfig, BadImageError, DataConfig, build_datasets, default_root, train_loader
+from sparse_mlp.data.timm_sets import ReaderSource
 
 PLAIN = AugmentConfig()
 
@@ -124,6 +126,27 @@ def test_a_timm_set_is_read_one_by_one(tmp_path: Path, channels: int):
 def write_idx(path: Path, values: np.ndarray) -> None:
     header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
     path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+def test_a_set_of_hugging_face_is_decoded_as_a_folder_is():
+    """By a stand-in for timm's reader, which gives encoded images."""
+
+    class Reader:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+            content = io.BytesIO()
+            Image.fromarray(np.full((8, 8), 257 * 40 * index, dtype=np.uint16)).save(content, "png")
+            return io.BytesIO(content.getvalue()[: 30 if index == 2 else None]), index
+
+        def filename(self, index: int) -> str:
+            return f"{index}.png"
+
+    source = ReaderSource(Reader(), 3)
+    assert np.asarray(source[1][0])[0, 0].tolist() == [40, 40, 40] and source[1][1] == 1 and len(source) == 3
+    with pytest.raises(BadImageError, match=r"cannot read image 2\.png"):
+        source[2]
 
 
 def test_sets_can_go_to_worker_processes_by_spawn():

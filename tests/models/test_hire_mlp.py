@@ -132,15 +132,14 @@ def test_batch_norms_survive_conversions_that_go_by_their_type():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.running_mean)
     images = torch.randn(2, 3, 64, 48)
-    with torch.inference_mode():
+    frozen = freeze_batch_norm_2d(copy.deepcopy(model))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.modules())
+    synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synced.modules())
+    with torch.no_grad():
         expected = model(images)
-        frozen = freeze_batch_norm_2d(copy.deepcopy(model))
-        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.modules())
-        torch.testing.assert_close(frozen(images), expected, rtol=1e-4, atol=1e-5)
-        synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-        assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synced.modules())
-        torch.testing.assert_close(synced(images), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(unfreeze_batch_norm_2d(frozen)(images), expected, rtol=1e-4, atol=1e-5)
+        for converted in (frozen, synced, unfreeze_batch_norm_2d(copy.deepcopy(frozen)).eval()):
+            torch.testing.assert_close(converted(images), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # the tracer's own

@@ -126,3 +126,66 @@ def test_far_from_the_threshold_the_loads_gradient_is_zero_and_not_subnormal() -
     assert grad_NE.max() > 1
     assert grad_NE.min() == 0
     assert grad_NE[grad_NE != 0].min() >= torch.finfo(torch.float32).tiny
+
+
+def balanced_layer() -> tuple[MoeMlp, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = MoeMlp(8, 16, 4, balance_weight=0.3, noise_std=0.0)
+    torch.nn.init.normal_(layer.router.weight)
+    return layer, torch.randn(80, 8)
+
+
+def router_gradient(layer: MoeMlp) -> torch.Tensor:
+    gradient = layer.router.weight.grad
+    assert gradient is not None
+    layer.zero_grad()
+    return gradient.clone()
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_foreign_loop_with_the_scale_or_with_the_loss_collected(accumulation: int, loss_scale: float) -> None:
+    """A plain loop with accumulation, fp16 scaling or both: the mean over micro-batches of task and balance loss."""
+    layer, x = balanced_layer()
+    wanted = torch.zeros_like(layer.router.weight)
+    for part in x.chunk(accumulation):  # one at a time, unscaled
+        layer(part).square().mean().backward()
+        wanted += router_gradient(layer) / accumulation
+
+    set_balance_scale(layer, loss_scale / accumulation)
+    for part in x.chunk(accumulation):
+        (layer(part).square().mean() / accumulation * loss_scale).backward()
+    torch.testing.assert_close(router_gradient(layer) / loss_scale, wanted)
+
+    set_balance_scale(layer, 1.0)
+    for part in x.chunk(accumulation):
+        with collect_balance_loss(layer) as balance_losses:
+            y = layer(part)
+        loss = y.square().mean() + sum(balance_losses)
+        (loss / accumulation * loss_scale).backward()
+    torch.testing.assert_close(router_gradient(layer) / loss_scale, wanted)
+
+
+def test_losses_are_collected_from_every_layer_and_only_inside_the_block() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(MoeMlp(8, 8, 4, balance_weight=0.5), torch.nn.Tanh(), MoeMlp(8, 8, 2))
+    x = torch.randn(20, 8)
+    with collect_balance_loss(model) as losses:
+        model(x)
+        assert len(losses) == 2
+        model.eval()(x)
+        assert len(losses) == 2, "evaluation has none"
+    torch.testing.assert_close(losses[0].detach(), 0.5 * model[0].meter.balance_loss)
+    model.train()
+    model(x).mul(0).sum().backward()
+    assert len(losses) == 2
+    assert model[0].router.weight.grad.abs().max() > 0, "and injects again"
+    copy.deepcopy(model)
+
+
+def test_nothing_is_injected_while_losses_are_collected() -> None:
+    layer, x = balanced_layer()
+    with collect_balance_loss(layer):
+        y = layer(x)
+    y.mul(0).sum().backward()
+    assert not router_gradient(layer).any()

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.moe.conftest import use_backend
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sparse_mlp.moe import MoeMlp, telemetry
-from tests.moe.conftest import use_backend
 
 FEW_AND_MANY = (40, 3000)  # items: with few rows an expert the C kernels make the products too
 

@@ -26,6 +26,7 @@ def test_a_graph_of_the_paper_has_its_class_names_and_the_papers_table(make_run:
     run = make_run(predictions=False, layers={}, classes=0)
     embedding, found = predictions(7)
     page = Page(write_node_report(run, "cora", 2708, 5278, embedding, found))
+    assert "of 40 test nodes are taken" in page.text and "images" not in page.text
     assert "neural networks" in page.text and "Nodes 2,708" in page.text
     assert {path.stem for path in (run / "figures").glob("*.png")} >= {"accuracy", "comparison", "embedding"}
 

@@ -117,6 +117,7 @@ def test_momentum_follows_a_cosine():
     still = make(momentum=0.9, momentum_sched=False)
     still.before_step(50, 100)
     assert still.momentum == 0.9
+    assert (task.schedules_over_run, still.schedules_over_run) == (True, False)
 
 
 def balance_gradients(task: Moco, batch: dict[str, torch.Tensor], weight: float) -> dict[str, torch.Tensor]:

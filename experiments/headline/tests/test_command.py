@@ -52,9 +52,7 @@ def run(*arguments: object) -> int:
 
 
 @pytest.mark.slow  # sixteen runs with their reports: about 20 s
-def test_what_is_missing_is_run_and_tabled(
-    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-):
+def test_what_is_missing_is_run_and_tabled(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study = tmp_path / "study"
     assert run("run", "supervised", "pretrain", "linear", "knn", "--seeds", 2, "--out", study) == 0
     assert {path.parent.relative_to(study).as_posix() for path in study.rglob("results.json")} == {
@@ -68,14 +66,14 @@ def test_what_is_missing_is_run_and_tabled(
     finished = (study / "supervised/mixer/seed0/metrics.jsonl").stat()
     (killed / "results.json").unlink()
     (killed / "checkpoints/step_00000006").rename(tmp_path / "lost")
-    caplog.clear()
+    capsys.readouterr()
     assert run("run", "supervised", "--seeds", 2, "--out", study) == 0
-    assert caplog.text.count("finished before") == 3 and "going on" in caplog.text
+    out = capsys.readouterr().out
+    assert out.count("finished before") == 3 and out.count("going on") == 1
     assert (killed / "model.safetensors").read_bytes() == before
     assert (study / "supervised/mixer/seed0/metrics.jsonl").stat() == finished
 
-    capsys.readouterr()
-    assert run("report", "--out", study, "--to", tmp_path / "docs") == 0
+    assert run("report", "--out", study, "--to", tmp_path / "docs") == 0, capsys.readouterr().err
     assert len(capsys.readouterr().out.splitlines()) == 4
     results = json.loads((tmp_path / "docs/results.json").read_text())
     expected = [Run(study / f"supervised/sparse/seed{seed}").metrics["top1"] for seed in range(2)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_mlp import distributed, jobs, recipes
-from sparse_mlp.cli.help import COMPARE
-from sparse_mlp.cli.parse import HELP, HELP_ALL, parse_known, split_names
+from sparse_mlp.cli.parse import HELP_ALL, parse_known, split_names
 from sparse_mlp.cli.showing import add_row, console, table
 from sparse_mlp.cli.train import change
 from sparse_mlp.errors import UserError
@@ -35,9 +33,6 @@ class CompareOptions:
 
 def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
-    if any(word in HELP for word in options):
-        sys.stdout.write(COMPARE)
-        return 0
     everything = HELP_ALL in options
     given, rest = parse_known(CompareOptions, [word for word in options if word != HELP_ALL], prog="compare")
     if everything:

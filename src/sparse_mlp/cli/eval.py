@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from timm.models import get_pretrained_cfg
 
 from sparse_mlp import distributed, jobs
 from sparse_mlp.cli.help import EVAL
-from sparse_mlp.cli.parse import HELP, HELP_ALL, parse, split_names
+from sparse_mlp.cli.parse import HELP_ALL, parse, split_names
 from sparse_mlp.cli.showing import add_row, console, table
 from sparse_mlp.data import SETS, AugmentConfig, DataConfig
 from sparse_mlp.errors import UserError
@@ -43,9 +42,6 @@ class ModelEvalOptions:
 
 def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
-    if any(word in HELP for word in options):
-        sys.stdout.write(EVAL)
-        return 0
     if len(names) != 1 and HELP_ALL not in options:
         raise UserError(f"eval takes one run folder or model name, not {len(names)} (see sparse-mlp eval --help)")
     target = names[0] if names else ""

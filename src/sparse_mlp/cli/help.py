@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 VERBS = {
     "train": "run a recipe, or any model on your images, into a run folder",
     "eval": "measure a run, or any model with any weights, on a data set",
@@ -92,3 +94,14 @@ options used most (every field of the recipes is one, and changes all of them al
   --seeds N            train each recipe with the seeds 0 to N - 1
   --train.epochs N     length of each; or --train.steps N, or --train.minutes N
 """
+
+TEXTS = {"train": TRAIN, "eval": EVAL, "compare": COMPARE}
+
+
+def help_for(arguments: Sequence[str]) -> str | None:
+    """The text that a command line asks for, where it is one of these; None where it asks for something else."""
+    asks = any(word in ("-h", "--help") for word in arguments)
+    verb = arguments[0] if arguments else None
+    if verb in ("-h", "--help", "help"):
+        return MAIN
+    return TEXTS.get(verb) if asks and verb else None

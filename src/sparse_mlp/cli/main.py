@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sparse_mlp.cli.help import MAIN, VERBS
+from sparse_mlp.cli.help import MAIN, VERBS, help_for
 from sparse_mlp.errors import UserError
 
 
@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(MAIN)
+    text = help_for(arguments)
+    if text is not None or not arguments:
+        sys.stdout.write(text or MAIN)
         return 0 if arguments else 2
     if arguments[0] == "--version":
         from sparse_mlp import __version__

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from sparse_mlp import jobs, recipes
-from sparse_mlp.cli.help import TRAIN
-from sparse_mlp.cli.parse import HELP, HELP_ALL, parse, parse_known, split_names
+from sparse_mlp.cli.parse import HELP_ALL, parse, parse_known, split_names
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Recipe
 
@@ -33,9 +31,6 @@ class TrainOptions:
 
 def run(arguments: list[str]) -> int:
     names, options = split_names(arguments)
-    if any(word in HELP for word in options):
-        sys.stdout.write(TRAIN)
-        return 0
     everything = HELP_ALL in options
     given, rest = parse_known(TrainOptions, [word for word in options if word != HELP_ALL], prog="train")
     rest += [HELP_ALL] * everything

@@ -112,20 +112,23 @@ def warp(
             for grid, column in ((x, _X), (y, _Y))
         )
     if cropped:
-        top, left, height, width = _crops(draws[:, _CROP], native, *crop)
+        top, left, height, width = _crops(draws[:, _CROP], *crop)
         x, y = x * width + (2 * left + width - 1), y * height + (2 * top + height - 1)
     outside = outside or ("zeros" if config.pad or config.rotate else "border")
     sampled = F.grid_sample(images, torch.stack((x, y), -1), "bilinear", outside, align_corners=False)
     return resize(sampled, image_size)
 
 
-def _crops(draws: np.ndarray, size: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
-    """Random resized crops as timm draws them: top, left, height and width (4, B, 1, 1) as shares of the side."""
-    frame, crops = torch.empty(1, size, size), []
+def _crops(draws: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
+    """Random resized crops as timm draws them: top, left, height and width (4, B, 1, 1) as shares of the side.
+
+    timm rounds to whole pixels. Drawn on a frame as large as a photo, the crops of an image of 8 pixels are not a few.
+    """
+    frame, crops = torch.empty(1, 1, 1).expand(1, 1024, 1024), []
     for draw in draws:
         random.seed(_seed(draw))
         crops.append(RandomResizedCropAndInterpolation.get_params(frame, scale, ratio))
-    return torch.tensor(crops, dtype=torch.float32).T.view(4, -1, 1, 1) / size
+    return torch.tensor(crops, dtype=torch.float32).T.view(4, -1, 1, 1) / frame.shape[-1]
 
 
 def _seed(draw: float) -> int:

@@ -49,7 +49,8 @@ class DataConfig:
 
     on_bad_image: Literal["error", "skip"] = "error"
     """An image that cannot be read: `error` stops and names it; `skip` names it, takes the next readable image in its
-    place (training) or leaves it out (evaluation), and counts it. For sets read one by one: folder, torch/, hfds/."""
+    place (training) or leaves it out (evaluation), and counts it. For sets read one by one (folder, torch/, hfds/);
+    a stream skips with a warning."""
 
     test_share: float | None = None
     """Share of each class that becomes the test set, where a folder has no train/ and val/ subfolders of its own; 1

@@ -19,6 +19,8 @@ MODES = {1: "L", 3: "RGB"}
 # out because a file that was cut after its header passes for a whole one.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "MPO", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 
+_BITS, _PHOTOMETRIC = ExifTags.Base.BitsPerSample, ExifTags.Base.PhotometricInterpretation  # tags of TIFF
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -138,9 +140,10 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
     """The same picture in a mode that Pillow converts to grey and to RGB without loss of meaning."""
     mode = image.mode
     if mode.startswith("I;16"):
-        return _scale(image, 2 ** _bits(image) - 1)
+        black, white = _range(image)
+        return _scale(image, black, white)
     if mode == "I" and image.format == "PPM":  # a PGM of more than 8 bits, scaled to 16 by Pillow
-        return _scale(image, 65_535)
+        return _scale(image, 0, 65_535)
     if mode in ("I", "F"):
         kind = "32-bit integers" if mode == "I" else "floating point numbers"
         raise BadImageError(f"{kind} (mode {mode}) have no agreed white; save it with 8 or 16 bits")
@@ -156,14 +159,15 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("RGB") if mode in ("CMYK", "YCbCr", "HSV", "RGBX") else image
 
 
-def _bits(image: Image.Image) -> int:
-    """Bits a value; Pillow gives TIFF's 12 the mode of 16."""
-    bits = getattr(image, "tag_v2", {}).get(258, (16,))
-    return int(bits[0] if isinstance(bits, tuple) else bits)
+def _range(image: Image.Image) -> tuple[int, int]:
+    """The values of black and white. Of TIFF Pillow gives 12 bits the mode of 16, and leaves 0 for white as it is."""
+    tags = getattr(image, "tag_v2", {})
+    most = 2 ** int(np.ravel(tags.get(_BITS, 16))[0]) - 1
+    return (most, 0) if tags.get(_PHOTOMETRIC) == 0 else (0, most)
 
 
-def _scale(image: Image.Image, white: int) -> Image.Image:
-    values = np.asarray(image).astype(np.float32) * (255 / white)
+def _scale(image: Image.Image, black: int, white: int) -> Image.Image:
+    values = (np.asarray(image).astype(np.float32) - black) * (255 / (white - black))
     return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
 
 

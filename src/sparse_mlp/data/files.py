@@ -8,6 +8,10 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Subset
+from torchvision.datasets import VisionDataset
 
 from sparse_mlp.data.decode import display_name, image_endings
 
@@ -112,3 +116,14 @@ def _match(pattern: str, recursive: bool) -> tuple[list[Path], Counter[str]]:
         else:
             files.append(path)
     return files, left_out
+
+
+def listed_name(dataset: Any, index: int) -> str | None:
+    """The file of an item of torchvision's ImageFolder and its kin, or of a Subset of one; None for other datasets."""
+    if isinstance(dataset, Subset):
+        return listed_name(dataset.dataset, dataset.indices[index])
+    samples = getattr(dataset, "samples", None)
+    if not isinstance(dataset, VisionDataset) or not samples:
+        return None
+    path, root = Path(samples[index][0]), Path(dataset.root)
+    return display_name((path.relative_to(root) if path.is_relative_to(root) else path).as_posix())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_mlp.data.augment import DRAWS, BatchAugment, normalize, resize
 from sparse_mlp.data.decode import MODES, image_from
+from sparse_mlp.data.files import listed_name
 from sparse_mlp.data.randomness import epoch_draws, epoch_seeds, preserved_generators, seed_generators
 from sparse_mlp.errors import UserError
 
@@ -116,7 +117,7 @@ class FileImages:
     def file_name(self, index: int) -> str | None:
         """As ImageSet.file_name."""
         named = getattr(self.source, "file_name", None)
-        return None if named is None else named(index)
+        return listed_name(self.source, index) if named is None else named(index)
 
     def subset(self, indices: np.ndarray) -> FileImages:
         """Only the images at `indices`, numbered anew."""

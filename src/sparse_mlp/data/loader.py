@@ -32,9 +32,7 @@ def steps_per_epoch(data: ImageData, config: DataConfig) -> int:
     if images == 0:
         raise UserError(f"{config.name} does not tell how many images it has; give --data.num-samples")
     if images < config.batch_size:
-        raise UserError(
-            f"data.batch_size {config.batch_size} is more than the {images} training images of {config.name}"
-        )
+        raise UserError(f"data.batch_size {config.batch_size} is more than the {images} training images")
     return images // config.batch_size
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from sparse_mlp.data.config import AugmentConfig, DataConfig, check_configs
 from sparse_mlp.data.decode import MODES, image_from
+from sparse_mlp.data.files import listed_name
 from sparse_mlp.data.sets import ImageData, build_files, finish_data
 from sparse_mlp.errors import UserError
 
@@ -30,6 +31,9 @@ class DatasetSource:
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, label = self.dataset[index if self.items is None else self.items[index]]
         return image, label
+
+    def file_name(self, index: int) -> str | None:
+        return listed_name(self.dataset, index if self.items is None else self.items[index])
 
     @property
     def labels(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 
 from sparse_mlp.data.config import DataConfig
-from sparse_mlp.data.decode import MODES, convert_image, decode_image
+from sparse_mlp.data.decode import MODES, BadImageError, convert_image, decode_image
 from sparse_mlp.data.trust import check_info, check_shards, is_remote
 from sparse_mlp.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 TIMM_PREFIXES = {
     "torch/": "torchvision",
@@ -44,7 +47,7 @@ class ReaderSource:
 
 
 class StreamSource(IterableImageDataset):
-    """timm's stream with images converted as those of a folder are."""
+    """timm's stream with images converted as those of a folder are; a bad one is skipped with a warning, as by timm."""
 
     def __init__(self, reader: Any, channels: int) -> None:
         super().__init__("", reader=reader)
@@ -52,7 +55,11 @@ class StreamSource(IterableImageDataset):
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for image, target in self.reader:
-            image = convert_image(image, self.channels)
+            try:
+                image = convert_image(image, self.channels)
+            except BadImageError as error:
+                _log.warning("skipped: %s", error)
+                continue
             yield image if self.transform is None else self.transform(image), target
 
 

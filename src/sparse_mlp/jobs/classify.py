@@ -91,7 +91,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         self.data = data = open_images(recipe.data, recipe.augment, self.context)
         per_epoch = steps_per_epoch(data, recipe.data)
         torch.manual_seed(recipe.train.seed)
-        model = build_model(recipe.model, data.spec)
+        model = build_model(self.model_config(), data.spec)
         self.task = (Probe if recipe.task.frozen else Classify)(model, recipe.task, class_names=data.classes)
         self.loaders = Loaders(
             train=partial(train_loader, data, recipe.data, recipe.train.seed),
@@ -120,7 +120,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         assert isinstance(options, ClassifyEvalOptions)
         recipe, spec = cls.stored(run), load_inputs(run)
         own = options.data.name == recipe.data.name and options.data.root == recipe.data.root
-        context = Context(run if own else None, trusted=options.trust_data)
+        context = Context(run if own else None, trusted=options.trust_data or not own)
         data = open_images(options.data, AugmentConfig(), context, classes=spec.classes)
         model = load_trained(run, options.checkpoint, replace(data.spec, classes=spec.classes))
         return evaluate_model(model, recipe.task, data, options.data, device)

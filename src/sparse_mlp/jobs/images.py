@@ -11,12 +11,13 @@ from typing import Any, ClassVar, TypeVar
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, InputSpec, build_datasets, image_data_from
+from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, InputSpec, build_datasets, image_data_from, is_remote
 from sparse_mlp.engine import RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import Context, Job
@@ -51,6 +52,20 @@ class ImageJob(Job[R]):
         if context is not None and context.datasets is not None:
             recipe = replace(recipe, data=replace(recipe.data, name=OWN_DATASETS))  # type: ignore[attr-defined,call-arg]
         super().__init__(recipe, context)
+
+    def model_config(self) -> ModelConfig:
+        """The model to build: a run that goes on from a checkpoint needs none of the weights that it began with.
+
+        UserError for a model or weights that would be fetched because a run folder names them.
+        """
+        config: ModelConfig = self.recipe.model  # type: ignore[attr-defined]
+        run = self.context.run
+        if run is not None and run.has_checkpoint():
+            config = replace(config, pretrained=False, weights=None)
+        if run is not None and not self.context.trusted and (is_remote(config.name) or config.pretrained):
+            what = "model" if is_remote(config.name) else "published weights"
+            raise UserError(f"{run.path} names the {what} of {config.name!r}, to be fetched: --trust-data allows it")
+        return config
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
         for note in self.data.notes:
@@ -120,9 +135,15 @@ def load_split(run: RunFolder) -> dict[str, list[str]] | None:
         raise UserError(f"{path}: {error}") from error
 
 
-def load_model_config(run: RunFolder) -> ModelConfig:
-    """Which model a run folder holds, whatever it was trained on: classes, no classes, or two views."""
-    return _section(ModelConfig, run, "model")
+def load_model_config(run: RunFolder, named: str = "") -> ModelConfig:
+    """Which model a run folder holds, whatever it was trained on: classes, no classes, or two views.
+
+    UserError for a model that would be fetched, unless the user `named` this very one.
+    """
+    config: ModelConfig = _section(ModelConfig, run, "model")
+    if is_remote(config.name) and config.name != named:
+        raise UserError(f"{run.path} names the model {config.name!r}, which would be fetched: give it as --model.name")
+    return config
 
 
 def load_data_config(run: RunFolder) -> DataConfig:
@@ -166,7 +187,10 @@ def export_backbone(config: ModelConfig, spec: InputSpec, run: RunFolder, target
     load_weights(model, run.path, new_head=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, target, {"format": "pt", "model": config.name, "args": json.dumps(arguments)})
+    try:
+        save_file(weights, target, {"format": "pt", "model": config.name, "args": json.dumps(arguments)})
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {target}: {error}") from error
     # The call that is returned has been made once.
     timm.create_model(config.name, checkpoint_path=str(target), **arguments)
     call = ", ".join([repr(config.name), *(f"{name}={value!r}" for name, value in arguments.items())])

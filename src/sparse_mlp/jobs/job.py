@@ -61,6 +61,9 @@ class PredictOptions:
     checkpoint: Path | None = None
     """Other weights than the newest of the run: a file or a run folder."""
 
+    trust_data: bool = False
+    """Open what the run folder names even if that can execute or fetch something."""
+
 
 class Job(ABC, Generic[R]):
     """One run: a recipe, made into a task and its loaders.

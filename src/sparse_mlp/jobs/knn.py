@@ -66,7 +66,7 @@ class KnnJob(ImageJob[KnnRecipe]):
     def __init__(self, recipe: KnnRecipe, context: Context | None = None) -> None:
         super().__init__(recipe, context)
         self.data = open_images(recipe.data, AugmentConfig(), self.context)
-        self.task = Classify(build_model(recipe.model, self.data.spec), class_names=self.data.classes)
+        self.task = Classify(build_model(self.model_config(), self.data.spec), class_names=self.data.classes)
 
     @classmethod
     def device_of(cls, recipe: KnnRecipe) -> str:
@@ -117,7 +117,7 @@ class KnnJob(ImageJob[KnnRecipe]):
         """The class that the nearest training images vote for, and its share of the votes."""
         if options.checkpoint is not None:
             raise UserError(f"--checkpoint {options.checkpoint} would be ignored: the weights are the recipe's")
-        job = cls(cls.stored(run), Context(run))
+        job = cls(cls.stored(run), Context(run, trusted=options.trust_data))
         backbone, spec, config = job.task.backbone(), load_inputs(run), job.recipe.task
         features, labels, _ = extract_features(backbone, job.train_batches(), torch.device("cpu"))
 

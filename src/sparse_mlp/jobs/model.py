@@ -24,6 +24,7 @@ from sparse_mlp.models import registered_names
 from sparse_mlp.tasks.features import skip_final_norm
 
 _FROM_DATA = ("img_size", "in_chans", "num_classes")
+_FIELDS = {"checkpoint_path": "model.weights", "pretrained": "model.pretrained"}  # arguments with a field of their own
 _SHARES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
 
 
@@ -38,6 +39,8 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
     if given:
         raise UserError(f"model.args {given[0]}={config.args[given[0]]!r} is not yours to set: it comes from the data")
     for name, value in config.args.items():
+        if name in _FIELDS:
+            raise UserError(f"model.args {name}={value!r} is not an argument of the model: use --{_FIELDS[name]}")
         if name in _SHARES and not (isinstance(value, int | float) and 0 <= value < 1):
             raise UserError(f"model.args {name}={value!r} is not a share in [0, 1)")
     arguments = dict(config.args) | {"in_chans": spec.channels, "num_classes": len(spec.classes)}

@@ -80,7 +80,7 @@ class PretrainJob(ImageJob[PretrainRecipe]):
         per_epoch = steps_per_epoch(data, recipe.data)
         _check_bank(recipe, data)
         torch.manual_seed(recipe.train.seed)
-        self.task = Moco(_backbone(recipe.model, data.spec), recipe.task, num_classes=len(data.classes))
+        self.task = Moco(_backbone(self.model_config(), data.spec), recipe.task, num_classes=len(data.classes))
         self.loaders = Loaders(
             train=partial(view_loader, data, recipe.data, recipe.train.seed),
             evaluate=partial(_eval_batches, data, recipe),

@@ -191,8 +191,8 @@ def choose_folder(name: str, folder: Path | None, resume: bool) -> Path:
     if folder is None:
         tries = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
         return next(path for path in tries if not path.exists())
-    if not str(folder).strip() or (not folder.name and folder != Path()):
-        raise UserError(f"--out {str(folder)!r} names no folder")
+    if not folder.name:  # "" and ".": the run's dozen files would lie among others
+        raise UserError(f"--out {str(folder)!r} names no folder of its own")
     in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
     if in_the_way is not None:
         raise FileExistsError(f"{folder} cannot be a run folder: {in_the_way} is a file")

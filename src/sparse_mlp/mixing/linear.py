@@ -86,6 +86,13 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.gelu = gelu
 
+    @classmethod
+    def of(cls, layer: nn.Linear) -> Linear:
+        """The same layer, with the same parameters, on `linear`."""
+        new = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        new.weight, new.bias = layer.weight, layer.bias
+        return new
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, self.gelu)
 

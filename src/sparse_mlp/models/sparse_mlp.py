@@ -29,7 +29,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import Tensor, nn
 
-from sparse_mlp.mixing.linear import linear
+from sparse_mlp.mixing.linear import Linear
 from sparse_mlp.mixing.rerepresent import Rerepresent
 from sparse_mlp.models._checkpoint import names_weights, no_published_weights, unwrap_checkpoint
 from sparse_mlp.moe import MoeMlp
@@ -39,11 +39,12 @@ __all__ = ["SparseBlock", "SparseMlp", "checkpoint_filter_fn"]
 
 
 class DenseMlp(Mlp):
-    """timm's Mlp on the fastest product there is for its input; same parameters, same function."""
+    """timm's Mlp with the fastest product there is for its input in both layers; same parameters, same function."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.act(linear(x, self.fc1.weight, self.fc1.bias)))
-        return self.drop2(linear(x, self.fc2.weight, self.fc2.bias))
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert isinstance(self.fc1, nn.Linear) and isinstance(self.fc2, nn.Linear)
+        self.fc1, self.fc2 = Linear.of(self.fc1), Linear.of(self.fc2)
 
 
 class SparseBlock(nn.Module):

@@ -1,8 +1,8 @@
 """Importance and load losses, and how their gradient enters a training loop: by itself, or collected and added.
 
-By itself each MoE layer injects the gradient of its balance loss where its output's gradient arrives, as if the loss had
-been added to the loop's own. That needs no plumbing, but nobody sees the factor by which a loop multiplies its loss:
-a loop that divides the loss by n accumulation steps, or scales it for fp16, has to name this factor too:
+By itself each MoE layer injects the gradient of its balance loss where its output's gradient arrives, as if the loss
+had been added to the loop's own. That needs no plumbing, but the layer cannot see by what a loop multiplies its loss: a
+loop that divides it by n accumulation steps, or scales it for fp16, has to name this factor too:
 
     set_balance_scale(model, 1 / n)               # gradient accumulation: once, before the first forward
     set_balance_scale(model, scaler.get_scale())  # fp16: before each forward; both: the product of the two
@@ -48,9 +48,7 @@ def load(logits_NE: Tensor, threshold_N1: Tensor, noise_std: float) -> Tensor:
 
 
 @accelerated
-def expert_totals(
-    logits_NE: Tensor, noisy_NE: Tensor, experts_NK: Tensor, noise_std: float
-) -> tuple[Tensor, Tensor]:
+def expert_totals(logits_NE: Tensor, noisy_NE: Tensor, experts_NK: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
     """Importance and, where there is noise (without it the load is undefined), load: (1 or 2, E), sums over items.
     And the sum of the entropies of softmax(logits), (), which has no gradient."""
     totals = [importance(logits_NE)]
@@ -82,6 +80,10 @@ class _InjectGradient(torch.autograd.Function):
         (scale,) = ctx.saved_tensors
         return grad_output, scale.to(ctx.loss_dtype), None
 
+
+class _InjectInTransforms(_InjectGradient):
+    """With the rules for forward-mode AD and vmap, which torch.compile does not take."""
+
     @staticmethod
     def jvp(ctx, tangent: Tensor, *_: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         return tangent.view_as(tangent)
@@ -92,7 +94,7 @@ class _InjectGradient(torch.autograd.Function):
         output = output.expand(size, *output.shape) if output_dim is None else output.movedim(output_dim, 0)
         if loss_dim is not None:
             loss = loss.sum()  # each has the gradient `scale`, and so has each part of the sum
-        return _InjectGradient.apply(output, loss, scale), 0
+        return _InjectInTransforms.apply(output, loss, scale), 0
 
 
 def inject_gradient(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
@@ -102,14 +104,15 @@ def inject_gradient(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
     tensor with a graph kept there breaks deepcopy and EMA). `scale` () must follow what the loop multiplies its own
     loss by; see `set_balance_scale`.
     """
-    return _InjectGradient.apply(output, loss, scale)
+    function = _InjectGradient if torch.compiler.is_compiling() else _InjectInTransforms
+    return function.apply(output, loss, scale)
 
 
 def set_balance_scale(model: nn.Module, scale: float) -> None:
     """Tell every MoE layer by what factor the loop multiplies its loss before `backward`.
 
-    Call it with `loss_scale / accumulation_steps` (fp16 loss scaling, gradient accumulation) before the forward; without
-    a call the scale is 1. It is a buffer: changing it does not recompile a compiled model.
+    Call it with `loss_scale / accumulation_steps` (fp16 loss scaling, gradient accumulation) before the forward;
+    without a call the scale is 1. It is a buffer: changing it does not recompile a compiled model.
     """
     from sparse_mlp.moe.telemetry import moe_layers
 

@@ -54,9 +54,7 @@ def dropless(experts_NK: Tensor, num_experts: int) -> Plan:
     return Plan(*sort_by_expert(experts_NK, num_experts))
 
 
-def limited(
-    experts_GNK: Tensor, gates_GNK: Tensor, num_experts: int, capacity: int, prioritized: bool = False
-) -> Plan:
+def limited(experts_GNK: Tensor, gates_GNK: Tensor, num_experts: int, capacity: int, prioritized: bool = False) -> Plan:
     """Each expert has `capacity` rows in each of G groups of N items: rows in the order expert, group, place.
 
     All first choices are placed before any second one, and items in their order or, `prioritized`, by falling first
@@ -96,7 +94,7 @@ def positions(experts_GM: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 @accelerated
 def sort_by_expert(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Choices sorted by expert: the item of each row (M,), the row of each choice (N, K), the choices of each expert."""
+    """Choices sorted by expert: the item of each row (M,), the row of each choice (N, K), choices of each expert (E,)."""
     order_M = experts_NK.flatten().argsort(stable=True)
     hot_EM = experts_NK.flatten() == torch.arange(num_experts, device=experts_NK.device).unsqueeze(1)
     return order_M // experts_NK.shape[1], order_M.argsort().view_as(experts_NK), hot_EM.sum(1)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_mlp.moe.autocast import autocast_type
 from sparse_mlp.moe.kernels import accelerated
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -20,9 +21,9 @@ def apply_experts(
 
     The rows are in the order of experts, counts_E[e] of expert e; None means as many of each.
 
-    Sizes must not depend on the counts, so that any transform, compiler or exporter can follow. So the rows are put into
-    R E + E blocks of S = ceil(M / (R E)) + 1 rows, R = 4, each with one expert, and each block takes a copy of that one's
-    weights: sum_e ceil(count_e / S) <= M / S + E, so the blocks always suffice.
+    Sizes must not depend on the counts, so that any transform, compiler or exporter can follow. So the rows are put
+    into R E + E blocks of S = ceil(M / (R E)) + 1 rows, R = 4, each with one expert, and each block takes a copy of the
+    weights of that one: sum_e ceil(count_e / S) <= M / S + E, so the blocks always suffice.
     """
     num_experts, m = w1.shape[0], rows_MD.shape[0]
     if counts_E is None:
@@ -38,7 +39,7 @@ def apply_experts(
     row_BS = row_BS + torch.arange(size, device=rows_MD.device)
     row_BS = row_BS.where(row_BS < last_E[expert_B].unsqueeze(1), m)
     x_BSD = torch.cat([rows_MD, rows_MD.new_zeros(1, rows_MD.shape[1])])[row_BS]
-    y_BSD = _batched(x_BSD, *(weight[expert_B] for weight in (w1, b1, w2, b2)), approximate)
+    y_BSD = _batched(x_BSD, w1[expert_B], b1[expert_B], w2[expert_B], b2[expert_B], approximate)
     # of each row: its block and its place there
     row_M = torch.arange(m, device=rows_MD.device)
     expert_M = (row_M.unsqueeze(1) >= last_E).sum(1)
@@ -53,8 +54,7 @@ def _batched(x_ESD: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, appr
 
 
 def _product_type(x: Tensor) -> torch.dtype:
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return x.dtype if x.dtype == torch.float64 else autocast_type(x) or x.dtype
 
 
 class ExpertLinear(nn.Module):
@@ -92,7 +92,7 @@ class ExpertLinear(nn.Module):
 class Experts(nn.Module):
     """E two-layer MLPs with one GELU, stacked: fc1 (E, D, H), fc2 (E, H, D).
 
-    Input rows (M, D) in the order of experts and how many each has, counts (E,) or None for as many each; output (M, D).
+    Input: rows (M, D) in the order of experts, and how many each has, (E,), or None for as many each. Output: (M, D).
     """
 
     def __init__(
@@ -110,5 +110,5 @@ class Experts(nn.Module):
         self.fc2 = ExpertLinear(num_experts, hidden_dim, dim, device, dtype)
 
     def forward(self, rows_MD: Tensor, counts_E: Tensor | None = None) -> Tensor:
-        weights = *self.fc1(rows_MD), *self.fc2(rows_MD)
-        return apply_experts(rows_MD.to(_product_type(rows_MD)), counts_E, *weights, self.gelu)
+        (w1, b1), (w2, b2) = self.fc1(rows_MD), self.fc2(rows_MD)
+        return apply_experts(rows_MD.to(_product_type(rows_MD)), counts_E, w1, b1, w2, b2, self.gelu)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_mlp.moe.autocast import autocast_type
 from sparse_mlp.moe.kernels import accelerated
 
 
@@ -73,7 +75,8 @@ class NoisyTopKRouter(nn.Module):
 
     def forward(self, items_ND: Tensor) -> Routing:
         dtype = torch.promote_types(items_ND.dtype, torch.float32)
-        with torch.autocast(items_ND.device.type, enabled=False):
+        off = torch.autocast(items_ND.device.type, enabled=False) if autocast_type(items_ND) else nullcontext()
+        with off:
             logits_NE = F.linear(items_ND.to(dtype), self.weight.to(dtype))
         noisy_NE = logits_NE
         if self.training and self.noise_std > 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 
+from sparse_mlp.data import DataConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import ModelConfig, Recipe, override
 from sparse_mlp.jobs.classify import ClassifyRecipe
@@ -95,7 +96,7 @@ def get(name: str, given: Any = None) -> Recipe:
         function = RECIPES[name]
         return function(given) if given is not None and inspect.signature(function).parameters else function()
     if timm.is_model(name):
-        default = ClassifyRecipe(name=name, model=ModelConfig(name))
+        default = ClassifyRecipe(name=name, model=ModelConfig(name), data=DataConfig(pretrained.NOT_GIVEN))
         return own_images.recipe(default, given) if given is not None else default
     near = difflib.get_close_matches(name, [*RECIPES, *registered_names()], n=3, cutoff=0.4)
     near = near or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)

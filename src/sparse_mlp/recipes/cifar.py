@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparse_mlp.data import AugmentConfig, DataConfig
+from sparse_mlp.data import DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.jobs.recipe import ModelConfig
+from sparse_mlp.recipes.augmentation import SMALL_IMAGES
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 # Lists for tuples, as config.json gives them back.
@@ -60,7 +61,7 @@ def _cifar(name: str, data: str, model: ModelConfig) -> ClassifyRecipe:
         name=name,
         model=model,
         data=DataConfig(name=data, batch_size=128, download=True),
-        augment=AugmentConfig(pad=4, flip=0.5),
+        augment=SMALL_IMAGES,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(lr=4e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=0.5),

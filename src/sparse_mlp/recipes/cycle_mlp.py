@@ -8,10 +8,11 @@ The moving average they keep beside is left out, as their figures are of the pla
 
 from __future__ import annotations
 
-from sparse_mlp.data import AugmentConfig, DataConfig
+from sparse_mlp.data import DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.jobs.recipe import ModelConfig
+from sparse_mlp.recipes.augmentation import DEIT, SMALL_IMAGES
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 
@@ -60,15 +61,7 @@ def _imagenet(model: str) -> ClassifyRecipe:
         name=f"imagenet_{model}",
         model=ModelConfig(model, {"drop_path_rate": 0.1}),
         data=DataConfig(name="folder", image_size=224, batch_size=1024, repeats=3, workers=16),
-        augment=AugmentConfig(
-            crop_scale=(0.08, 1.0),
-            crop_ratio=(3 / 4, 4 / 3),
-            flip=0.5,
-            auto_augment="rand-m9-mstd0.5-inc1",
-            erase=0.25,
-            mixup=0.8,
-            cutmix=1.0,
-        ),
+        augment=DEIT,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(opt="adamw", lr=1e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5),
@@ -85,7 +78,7 @@ def cifar10_cycle_mlp() -> ClassifyRecipe:
         name="cifar10_cycle_mlp",
         model=ModelConfig("cycle_mlp_b1", {"depths": [2, 2, 2, 2], "dims": [32, 64, 128, 256]}),
         data=DataConfig(name="cifar10", batch_size=128, download=True),
-        augment=AugmentConfig(pad=4, flip=0.5),
+        augment=SMALL_IMAGES,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(lr=1e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=0.5),

@@ -9,10 +9,11 @@ times in a batch (repeated augmentation). The 10 epochs at the lowest rate that 
 
 from __future__ import annotations
 
-from sparse_mlp.data import AugmentConfig, DataConfig
+from sparse_mlp.data import DataConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.jobs.recipe import ModelConfig
+from sparse_mlp.recipes.augmentation import DEIT, SMALL_IMAGES
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 
@@ -53,15 +54,7 @@ def _imagenet(model: str, drop_path_rate: float, batch_size: int = 1024, lr: flo
         name=f"imagenet_{model}",
         model=ModelConfig(model, {"drop_path_rate": drop_path_rate}),
         data=DataConfig(name="folder", image_size=224, batch_size=batch_size, repeats=3, workers=16),
-        augment=AugmentConfig(
-            crop_scale=(0.08, 1.0),
-            crop_ratio=(3 / 4, 4 / 3),
-            flip=0.5,
-            auto_augment="rand-m9-mstd0.5-inc1",
-            erase=0.25,
-            mixup=0.8,
-            cutmix=1.0,
-        ),
+        augment=DEIT,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(opt="adamw", lr=lr, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-5),
@@ -78,7 +71,7 @@ def cifar10_hire_mlp() -> ClassifyRecipe:
         name="cifar10_hire_mlp",
         model=ModelConfig("hire_mlp_tiny", {"depths": [2, 2, 2, 2], "dims": [32, 64, 128, 256]}),
         data=DataConfig(name="cifar10", batch_size=128, download=True),
-        augment=AugmentConfig(pad=4, flip=0.5),
+        augment=SMALL_IMAGES,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(lr=1e-3, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=0.5),

@@ -127,12 +127,12 @@ def _can_fetch(name: str) -> bool:
 
 
 def _reach(published: PretrainedCfg) -> None:
-    """OSError at once if the weights are not cached and their host is out of reach: its client would try for a minute."""
+    """OSError at once if the weights are not cached and their host is out of reach: its client tries for a minute."""
     if published.hf_hub_id:
         cached = isinstance(try_to_load_from_cache(published.hf_hub_id, "model.safetensors"), str)
         host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
     else:
-        address = urlparse(published.url or "")
+        address = urlparse(str(published.url or ""))
         cached = (Path(torch.hub.get_dir()) / "checkpoints" / Path(address.path).name).is_file()
         host = address.hostname
     if not cached and host:

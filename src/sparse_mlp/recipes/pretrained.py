@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparse_mlp.data import AugmentConfig, DataConfig
+from sparse_mlp.data import AugmentConfig, DataConfig, check_trusted
 from sparse_mlp.engine import OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import ModelConfig, settle
 from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.jobs.images import load_data_config, load_model_config
 from sparse_mlp.jobs.knn import KnnRecipe
+from sparse_mlp.recipes.augmentation import CROP_AND_FLIP, DEIT
 from sparse_mlp.recipes.facts import look_at
 from sparse_mlp.tasks.classify import ClassifyConfig
 
@@ -28,7 +29,6 @@ NOT_GIVEN = ""
 """As a model's or a data set's name: those of the run that the weights come from."""
 
 _REGULAR = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # arguments that no weight depends on
-_CROP: dict[str, Any] = {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
 
 
 def linear_probe(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
@@ -40,7 +40,7 @@ def linear_probe(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
         name="linear_probe",
         model=ModelConfig(NOT_GIVEN),
         data=DataConfig(NOT_GIVEN, batch_size=1024),
-        augment=AugmentConfig(**_CROP, flip=0.5),
+        augment=CROP_AND_FLIP,
         task=ClassifyConfig(frozen=True),
         optim=OptimConfig(opt="sgd", momentum=0.9, lr=3.0 * 1024 / 256, weight_decay=0.0),
         train=TrainConfig(epochs=90, log_every=50),
@@ -67,9 +67,7 @@ def finetune(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
         name="finetune",
         model=ModelConfig(NOT_GIVEN, {"drop_path_rate": 0.1}),
         data=DataConfig(NOT_GIVEN, batch_size=1024),
-        augment=AugmentConfig(
-            **_CROP, flip=0.5, auto_augment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0
-        ),
+        augment=DEIT,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(opt="adamw", lr=5e-4 * 1024 / 512, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5),
@@ -136,7 +134,7 @@ def _begin(recipe: R, given: R) -> R:
     path = Path(source)
     regular = {name: value for name, value in recipe.model.args.items() if name in _REGULAR}
     if path.is_dir():
-        stored = load_model_config(RunFolder.open(path))
+        stored = load_model_config(RunFolder.open(path), named=model.name)
         model = replace(stored, args={**stored.args, **regular}, pretrained=False)
     elif not path.is_file():
         raise FileNotFoundError(f"there is no run folder and no file of weights {source}")
@@ -156,6 +154,9 @@ def _on_images(recipe: R, given: R, source: Path | None) -> R:
         return replace(recipe, data=replace(given.data, **sizes))
     if source is not None and source.is_dir():
         stored = load_data_config(RunFolder.open(source))
+        if given.data.root is None:  # a run folder is a file from wherever: what it names is not to be fetched or run
+            check_trusted(stored)
+            sizes["download"] = given.data.download
         return replace(recipe, data=replace(stored, root=given.data.root or stored.root, **sizes))
     if given.data.root is not None:
         return replace(recipe, data=replace(given.data, name="folder", **sizes))

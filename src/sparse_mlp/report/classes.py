@@ -17,7 +17,7 @@ from sparse_mlp.report.style import BLUE, GRID, INK, MUTED, ORANGE, clip, panel,
 MANY_CLASSES = 30  # more, and only the worst are shown
 WORST_BARS = 25
 WORST_MATRIX = 20
-_NAME_WIDTH = 20  # characters
+_NAME_WIDTH = 28  # characters
 
 
 def _name_margin(names: Sequence[str]) -> float:

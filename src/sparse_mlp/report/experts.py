@@ -42,7 +42,10 @@ class LayerLoad:
 
 @dataclass(frozen=True)
 class LoadSection:
-    """Load of the experts: a table and maps of all layers, or each of few layers by itself."""
+    """Load of the experts: a table and maps of all layers, or each of few layers by itself.
+
+    A row of the table is layer, part, experts, busiest, quietest, idle, dropped and, where it was measured, entropy.
+    """
 
     lead: str
     table: list[list[str]] = field(default_factory=list)
@@ -90,10 +93,13 @@ def measured_section(loads: Mapping[str, MeasuredLoad], images: int, figures: Fi
         f"The layers with experts did not train, so nothing was measured in training. This is what their routers do "
         f"with {images:,} of the test images; an expert under 5 % of its fair share counts as idle."
     )
-    table = [[*_table_row(name, found.load), _share(found.dropped), ""] for name, found in loads.items()]
+    table = [[*_table_row(name, found.load), _share(found.dropped)] for name, found in loads.items()]
     shown = {name: found.load for name, found in loads.items()}
     drawn = figures.add(
-        layers_figure(shown), "load_layers", "White: the fair share. A row is a layer.", scroll="scroll"
+        layers_figure(shown, "on test images"),
+        "load_layers",
+        "White: the fair share. A row is a layer.",
+        scroll="scroll",
     )
     return LoadSection(lead, table, [drawn])
 

@@ -101,7 +101,7 @@ def importance_figure(routing: Routing) -> Figure:
 
 
 @styled
-def layers_figure(loads: Mapping[str, Floats]) -> Figure:
+def layers_figure(loads: Mapping[str, Floats], where: str = "at the end") -> Figure:
     """Draw the load (E,) of every layer in one map: rows are layers, columns experts, 1 is the fair share."""
     experts = max(len(load) for load in loads.values())
     table = np.full((len(loads), experts), np.nan)
@@ -118,7 +118,7 @@ def layers_figure(loads: Mapping[str, Floats]) -> Figure:
     axes.set_yticks(range(len(loads)), [clip(name, 40) for name in loads], color=INK)
     axes.xaxis.set_major_locator(round_ticks(experts if written else 8, integer=True))
     axes.set_xlabel("expert")
-    set_title(axes, "Load of every expert at the end, 1 = fair share")
+    set_title(axes, f"Load of every expert {where}, 1 = fair share")
     return figure
 
 

@@ -74,6 +74,8 @@ def write_node_report(
     UserError for names that are not as many as the classes.
     """
     run = read_run(run_dir)
+    notes = [note for note in run.notes if "predictions.npz" not in note]  # they are given
+    run = replace(run, config=run.config | {"kind": "nodes"}, notes=notes)
     classes = predictions["logits"].shape[1]
     known = class_names or run.classes or _CLASSES.get(graph, ())
     if class_names is not None and len(class_names) != classes:

@@ -1,10 +1,11 @@
 """Faster forms of functions that `moe/` writes in plain torch: one file a backend.
 
-A function marked `accelerated` is the definition. A call of it runs a backend's operator instead where one is faster for
-these arguments: `cpu`, C kernels for float32 on a CPU in eager mode, or `grouped`, torch's grouped matrix products on
-other devices, other types and under torch.compile. The definition itself runs under torch.func and forward-mode AD, in
-torch.export (a program must load where this package is not), for float64, tensor subclasses and fake tensors, on the
-meta device, and for everything with SPARSE_MLP_KERNELS=plain in the environment. Second derivatives are the definition's.
+A function marked `accelerated` is the definition. A call of it runs a backend's operator instead where one is faster
+for these arguments: `cpu`, C kernels for float32 on a CPU in eager mode, or `grouped`, torch's grouped matrix products
+on other devices, other types and under torch.compile. The definition itself runs under torch.func and forward-mode AD,
+in torch.export (a program must load where this package is not), for float64, tensor subclasses and fake tensors, on the
+meta device, and for everything with SPARSE_MLP_KERNELS=plain in the environment. Where a gradient is differentiated in
+turn, it is the definition's.
 """
 
 from __future__ import annotations

@@ -226,6 +226,32 @@ static void add_parts(const float *parts, int64_t number, int64_t stride, int64_
 }
 
 typedef struct {
+    const float *rows;
+    float *total, *parts;
+    int64_t n, d, threads;
+} column_sums_t;
+
+/* The sum of each column of rows (n, d). */
+void column_sums(const column_sums_t *a) {
+    int64_t d = a->d;
+    int used = 1;
+#pragma omp parallel num_threads(a->threads) if (a->n * d >= SERIAL_BELOW)
+    {
+        int64_t first, last;
+        my_part(a->n, &first, &last);
+        float *sums = clear_sums(a->parts, 2 * d, d);
+#pragma omp single nowait
+        used = omp_get_num_threads();
+        for (int64_t i = first; i < last; i++) {
+            for (int64_t j = 0; j < d; j += LANES)
+                store_up_to(sums + j, load_up_to(sums + j, d - j) + load_up_to(a->rows + i * d + j, d - j), d - j);
+            if ((i - first) % FLOOR == FLOOR - 1 || i == last - 1) move_up(sums, d);
+        }
+    }
+    add_parts(a->parts + d, used, 2 * d, d, a->total);
+}
+
+typedef struct {
     const float *x;
     const int64_t *item;
     float *out;

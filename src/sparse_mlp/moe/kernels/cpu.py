@@ -1,8 +1,7 @@
 """float32 on a CPU in eager mode: C kernels, and matrix products by torch, or in C where an expert has few rows.
 
 Each operator computes what the function of its name in router, balance, dispatch or experts defines, in one pass over
-memory where torch needs several. What each saves is in benchmarks/moe_layer.py: the column "plain products" is the layer
-without them.
+memory where torch needs several. What they save together: benchmarks/moe_layer.py, the table by backend.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ LARGE = 2**23  # numbers of a weight's gradient, from which on it is written pas
 MOST_EXPERTS = 512  # the kernels of the gates keep some vectors an expert on the stack
 
 _POINTERS = {
+    "column_sums": "rows total parts",
     "gather": "x item out",
     "combine": "rows row gate y",
     "combine_backward": "grad rows row gate grad_rows grad_gate written",
@@ -42,6 +42,7 @@ _POINTERS = {
     ),
 }
 _SIZES = {
+    "column_sums": "n d",
     "gather": "n m d",
     "combine": "n k m d stride",
     "combine_backward": "n k m d stride",
@@ -123,9 +124,7 @@ def _top_gates_gradients(inputs: list[Any], kept: list[Tensor], grads: Gradients
 
 
 @custom_op("sparse_mlp::expert_totals", mutates_args=(), device_types="cpu")
-def _expert_totals(
-    logits_NE: Tensor, noisy_NE: Tensor, experts_NK: Tensor, noise_std: float
-) -> tuple[Tensor, Tensor]:
+def _expert_totals(logits_NE: Tensor, noisy_NE: Tensor, experts_NK: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
     n, num_experts = logits_NE.shape
     sums = logits_NE.new_empty(2 * num_experts + 1)
     parts = logits_NE.new_empty(_size("blocks_of", n), len(sums))
@@ -290,7 +289,7 @@ def _experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, w1, b1, w2 and b2; empty for rows, w1 or w2 if not needed. Zero where an expert has no row."""
     counts = counts_E.tolist()
-    grads = *(torch.empty_like(w) if need else w.new_empty(0) for w, need in zip((w1, w2), needed[1:], strict=True)),
+    grads = (*(torch.empty_like(w) if need else w.new_empty(0) for w, need in zip((w1, w2), needed[1:], strict=True)),)
     dw1, dw2, db1, db2 = (t.contiguous() for t in (*grads, torch.empty_like(b1), torch.empty_like(b2)))
     for e in (e for e, n in enumerate(counts) if not n):
         for grad in (dw1, dw2, db1, db2):
@@ -337,11 +336,10 @@ def _many_rows_backward(
     need_x: bool,
     *grads: Tensor | None,
 ) -> Tensor:
-    counts, hidden_dim = counts_E.tolist(), w1.shape[2]
+    counts, (_, dim, hidden_dim) = counts_E.tolist(), w1.shape
     dx_MD = rows_MD.new_empty(rows_MD.shape if need_x else 0)
     act_nH, dact_nH = (rows_MD.new_empty(max(counts), hidden_dim) for _ in range(2))
-    ones = rows_MD.new_ones(1, max(counts))
-    sums = rows_MD.new_empty(torch.get_num_threads(), 2, hidden_dim)
+    sums = rows_MD.new_empty(torch.get_num_threads(), 2, max(dim, hidden_dim))
     first = 0
     for e, n in enumerate(counts):
         if not n:
@@ -349,10 +347,8 @@ def _many_rows_backward(
         x, hidden, dy = (t[first : first + n] for t in (rows_MD, hidden_MH, grad_MD))
         act, (dw1_e, db1_e, dw2_e, db2_e) = act_nH[:n], (None if grad is None else grad[e] for grad in grads)
         dhidden = torch.mm(dy, w2[e].t(), out=dact_nH[:n])
-        _call(
-            "bias_gelu_backward", (hidden, b1[e].contiguous(), dhidden, act, db1_e, sums), n, hidden_dim, by_tanh
-        )
-        torch.mm(ones[:, :n], dy, out=db2_e.unsqueeze(0))  # torch's own sum of columns takes several times as long
+        _call("bias_gelu_backward", (hidden, b1[e].contiguous(), dhidden, act, db1_e, sums), n, hidden_dim, by_tanh)
+        _call("column_sums", (dy, db2_e, sums), n, dim)
         if dw2_e is not None:
             torch.mm(act.t(), dy, out=dw2_e)
         if dw1_e is not None:

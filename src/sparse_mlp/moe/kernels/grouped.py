@@ -26,7 +26,7 @@ def serves(args: tuple[Any, ...]) -> bool:
 
 @custom_op("sparse_mlp::grouped_product", mutates_args=())
 def product(rows_MK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
-    """Each row times the matrix of its expert; those of expert e end before row ends_E[e]. (M, K), (E, K, N) -> (M, N)."""
+    """Each row times the matrix of its expert: (M, K), (E, K, N) -> (M, N). Those of expert e end before ends_E[e]."""
     width = weight_EKN.shape[2]
     multiple = 16 // rows_MK.element_size()
     k, n = -rows_MK.shape[1] % multiple, -width % multiple
@@ -95,13 +95,11 @@ def apply_experts(
     """See `experts.apply_experts`."""
     if counts_E is None:
         counts_E = torch.full((w1.shape[0],), rows_MD.shape[0] // w1.shape[0], device=rows_MD.device)
-    ends_E = counts_E.cumsum(0)
-    place_M1 = torch.arange(rows_MD.shape[0], device=rows_MD.device).unsqueeze(1)
-    # one 1 in a row: a bias is added, and its gradient summed, by a product
-    expert_ME = ((place_M1 >= ends_E - counts_E) & (place_M1 < ends_E)).to(rows_MD.dtype)
-    ends_E = ends_E.to(torch.int32)
-    act_MH = F.gelu(product(rows_MD, w1, ends_E) + expert_ME @ b1, approximate=approximate)
-    return product(act_MH, w2, ends_E) + expert_ME @ b2
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    ones_M1 = rows_MD.new_ones(rows_MD.shape[0], 1)  # biases as products too: their gradients are sums over rows
+    hidden_MH = product(rows_MD, w1, ends_E) + product(ones_M1, b1.unsqueeze(1), ends_E)
+    act_MH = F.gelu(hidden_MH, approximate=approximate)
+    return product(act_MH, w2, ends_E) + product(ones_M1, b2.unsqueeze(1), ends_E)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {"apply_experts": apply_experts}

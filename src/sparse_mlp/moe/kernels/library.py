@@ -25,6 +25,7 @@ SOURCE = Path(__file__).with_name("cpu.c")
 # `-x c`: a C++ compiler would mangle the names
 FLAGS = ("-x", "c", "-O3", "-march=native", "-std=gnu11", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
 FUNCTIONS = (
+    "column_sums",
     "gather",
     "combine",
     "combine_backward",

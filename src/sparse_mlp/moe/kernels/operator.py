@@ -61,7 +61,7 @@ def differentiable(
 
 def _plain_gradients(
     plain: Callable[..., Any], inputs: list[Any], gradients: tuple[Tensor | None, ...], ctx: FunctionCtx
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated in turn."""
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]  # type: ignore[attr-defined]
 
@@ -71,6 +71,6 @@ def _plain_gradients(
         result = result if isinstance(result, tuple) else (result,)
         return tuple(output for output, grad in zip(result, gradients, strict=False) if grad is not None)
 
-    _, pull_back = torch.func.vjp(outputs, *(inputs[i] for i in wanted))
+    _, pull_back = torch.func.vjp(outputs, *(inputs[i] for i in wanted))  # type: ignore[misc]
     found = dict(zip(wanted, pull_back(tuple(grad for grad in gradients if grad is not None)), strict=True))
-    return [found.get(i) for i in range(len(inputs))]
+    return tuple(found.get(i) for i in range(len(inputs)))

@@ -1,4 +1,4 @@
-"""Digits: the recipes that `digits_folds.py` chooses from and `digits_seeds.py` runs, and what is measured of a run."""
+"""Digits: the recipes that `folds.py` chooses from and `seeds.py` runs, and what is measured of a run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from experiments.runs import finish
 from sparse_mlp import recipes
-from sparse_mlp.cli.running import is_finished, train
-from sparse_mlp.recipes import Recipe
+from sparse_mlp.jobs.classify import ClassifyRecipe
 
 # Recipes
 
@@ -26,23 +26,23 @@ AUGMENT: dict[str, dict[str, Any]] = {  # with mixup; the demo shifts by one pix
 }
 
 
-def arguments(recipe: Recipe, **args: object) -> Recipe:
+def arguments(recipe: ClassifyRecipe, **args: object) -> ClassifyRecipe:
     return replace(recipe, model=replace(recipe.model, args=recipe.model.args | args))
 
 
-def optim(recipe: Recipe, **changes: float) -> Recipe:
+def optim(recipe: ClassifyRecipe, **changes: float) -> ClassifyRecipe:
     return replace(recipe, optim=replace(recipe.optim, **changes))
 
 
-def epochs(recipe: Recipe, times: float) -> Recipe:
+def epochs(recipe: ClassifyRecipe, times: float) -> ClassifyRecipe:
     return replace(recipe, train=replace(recipe.train, epochs=recipe.train.epochs * times))
 
 
-def batch(recipe: Recipe, size: int) -> Recipe:
+def batch(recipe: ClassifyRecipe, size: int) -> ClassifyRecipe:
     return replace(recipe, data=replace(recipe.data, batch_size=size))
 
 
-SHARED: dict[str, Callable[[Recipe], Recipe]] = {
+SHARED: dict[str, Callable[[ClassifyRecipe], ClassifyRecipe]] = {
     "as it is": lambda recipe: recipe,
     "twice as long": partial(epochs, times=2),
     "lr 6e-3": partial(optim, lr=6e-3),
@@ -50,11 +50,11 @@ SHARED: dict[str, Callable[[Recipe], Recipe]] = {
     "drop path 0.1": partial(arguments, drop_path_rate=0.1),
     "batch 64": partial(batch, size=64),
 }
-MIXER: dict[str, Callable[[Recipe], Recipe]] = {  # of as many multiply-adds
+MIXER: dict[str, Callable[[ClassifyRecipe], ClassifyRecipe]] = {  # of as many multiply-adds
     "8 blocks": partial(arguments, num_blocks=8, mlp_ratio=(0.5, 3.33)),
 }
 ONE_BLOCK = {"sparse_blocks": 1, "mlp_ratio": (0.5, 4.35), "expert_hidden": (128, 256)}
-SPARSE: dict[str, Callable[[Recipe], Recipe]] = {  # likewise
+SPARSE: dict[str, Callable[[ClassifyRecipe], ClassifyRecipe]] = {  # likewise
     "noise 0": partial(arguments, noise_std=0.0),
     "noise 1": partial(arguments, noise_std=1.0),
     "K (2, 2), half as wide": partial(arguments, top_k=(2, 2), expert_hidden=(64, 256)),
@@ -75,7 +75,7 @@ CANDIDATES = {  # recipe, augmentation, change
 }
 
 
-def candidate(name: str, epochs: float, seed: int, threads: int = 1) -> Recipe:
+def candidate(name: str, epochs: float, seed: int, threads: int = 1) -> ClassifyRecipe:
     """The demo's recipe for more epochs; unless it is a plain one, varied more, and with averaged weights; changed.
 
     `epochs` are those of "as it is".
@@ -112,11 +112,10 @@ class Outcome(NamedTuple):
         return F.cross_entropy(self.logits * factor, self.target).item()
 
 
-def finish(recipe: Recipe, folder: Path) -> Outcome:
+def outcome(recipe: ClassifyRecipe, folder: Path) -> Outcome:
     """Train what is missing of a run; its outcome."""
-    if not is_finished(folder):
-        train(recipe, folder, resume=(folder / "config.json").is_file())
-    with np.load(folder / "predictions.npz") as predictions:
+    run = finish(recipe, folder)
+    with np.load(run.path / "predictions.npz") as predictions:
         return Outcome(torch.from_numpy(predictions["logits"]).double(), torch.from_numpy(predictions["target"]))
 
 

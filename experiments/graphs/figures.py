@@ -1,4 +1,4 @@
-"""The figures of docs/graph.md from the JSON files beside it: python benchmarks/graph_figures.py"""
+"""The figures of README.md from the JSON files in results/: python -m experiments.graphs.figures"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-FOLDER = Path(__file__).parent.parent / "docs" / "graph"
+FOLDER = Path(__file__).parent
 LABELS = {
     "gcn": "GCN",
     "published": "Graph-MLP, published",
@@ -21,7 +21,7 @@ LABELS = {
 
 
 def read(name: str) -> Any:
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    return json.loads((FOLDER / "results" / f"{name}.json").read_text())
 
 
 def key(graph: str, share: float, method: str, seed: str) -> str:

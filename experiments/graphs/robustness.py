@@ -1,6 +1,6 @@
 """Accuracy with a share of the edges replaced by random ones, at test time and before training.
 
-    SPARSE_MLP_DATA=... python benchmarks/graph_robustness.py [--graphs cora] [--seeds 2] [--methods ...]
+    SPARSE_MLP_DATA=... python -m experiments.graphs.robustness [--graphs cora] [--seeds 2] [--methods ...]
 
 Before training, three networks are trained on the corrupted graph: on all edges; on the edges whose ends have
 similar features, with edges to each node's five most similar ones ("trust"); and on labels alone. "validated" is the
@@ -11,35 +11,60 @@ clean graph and tested on the corrupted one.
 from __future__ import annotations
 
 import argparse
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from graph_common import PUBLISHED, Gcn, Results, dense_features, edge_index, fit_gcn, fit_graph_mlp, ours
-from graph_table import bfloat16, plain
-from sparse_mlp.data.edges import add_similar, corrupt_edges, trust_edges
-from sparse_mlp.data.graph_files import load_graph
+from experiments.graphs.common import (
+    RESULTS,
+    Gcn,
+    Results,
+    bfloat16,
+    dense_features,
+    edge_index,
+    fit,
+    fit_gcn,
+    ours,
+    plain,
+    published,
+)
+from sparse_mlp.data.edges import corrupt_edges
 from sparse_mlp.data.graphs import Graph
+from sparse_mlp.jobs.nodes import GraphConfig, load_configured
 
-RESULTS = Path(__file__).parent.parent / "docs" / "graph" / "robustness.json"
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 TRUST, SIMILAR = 0.1, 5  # on Cora two in three true edges are above, one in five random pairs
 METHODS = ("gcn", "published", "ours", "trust", "mlp")
 
 
-def before(method: str, graph: Graph, seed: int) -> dict[str, Any]:
+def before(method: str, graph: Graph, share: float, seed: int, runs: Path) -> dict[str, Any]:
+    """Train on a corrupted graph; the runs read it from a file, as any graph of a user's own."""
     if method == "gcn":
         return fit_gcn(graph, seed)
-    if method == "mlp":
-        return fit_graph_mlp(graph, plain(PUBLISHED["cora"], graph), seed)
-    setting = bfloat16(PUBLISHED[graph.name] if method == "published" else ours(graph.name))
+    recipe = plain(graph, seed) if method == "mlp" else ours(graph.name, seed)
+    recipe = bfloat16(published(graph.name, seed) if method == "published" else recipe)
+    data = replace(recipe.data, source=str(write_graph(graph, runs / f"{graph.name}-{share}-seed{seed}" / "data.pt")))
     if method == "trust":
-        graph = add_similar(trust_edges(graph, TRUST), SIMILAR)
-    return fit_graph_mlp(graph, setting, seed)
+        data = replace(data, trust=TRUST, similar=SIMILAR)
+    folder = runs / f"{graph.name}-{share}-{method}-seed{seed}"
+    return fit(replace(recipe, data=replace(data, row_normalize=False)), folder)
+
+
+def write_graph(graph: Graph, path: Path) -> Path:
+    """The graph as a `torch_geometric.data.Data` in a file of its own; its features are normalised already."""
+    from torch_geometric.data import Data
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    masks = {}
+    for split in ("train", "val", "test"):
+        masks[f"{split}_mask"] = torch.zeros(graph.num_nodes, dtype=torch.bool)
+        masks[f"{split}_mask"][torch.from_numpy(graph.splits[split])] = True
+    data = Data(x=dense_features(graph), edge_index=edge_index(graph), y=torch.from_numpy(graph.labels), **masks)
+    torch.save(data, path)
+    return path
 
 
 def gcn_at_test(graph: Graph, seed: int) -> dict[str, Any]:
@@ -61,18 +86,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--graphs", nargs="+", default=["cora"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/graphs"), help="folder of the runs")
+    parser.add_argument("--json", type=Path, default=RESULTS / "robustness.json", help="finished runs are here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = Results(RESULTS)
+    results = Results(args.json)
     for name in args.graphs:
-        clean = load_graph(name)
+        clean = load_configured(GraphConfig(name))
         for seed in range(args.seeds):
             results.get(f"{name} test gcn {seed}", lambda g=clean, s=seed: gcn_at_test(g, s))
             for share in SHARES:
                 graph = corrupt_edges(clean, share, 1000 + seed)
                 for method in args.methods:
                     key = key_of(name, share, method, seed)
-                    found = results.get(key, lambda m=method, g=graph, s=seed: before(m, g, s))
+                    found = results.get(key, lambda m=method, g=graph, c=share, s=seed: before(m, g, c, s, args.runs))
                     print(f"{key}: {found['test']:.1f}", flush=True)
         if set(args.methods) == set(METHODS):
             show(name, results.runs, args.seeds)

@@ -1,11 +1,10 @@
 """Digits, given longer: Sparse-MLP and the dense Mixer of equal multiply-adds over several seeds, on the test images.
 
-    python benchmarks/digits_seeds.py NAME [NAME ...]          # trains what is missing, prints accuracies and losses
-    python benchmarks/digits_seeds.py --epochs 60 "sparse, plain, as it is"          # the demo's own recipe
+    python -m experiments.digits.seeds NAME [NAME ...]         # trains what is missing, prints accuracies and losses
+    python -m experiments.digits.seeds --epochs 60 "sparse, plain, as it is"          # the demo's own recipe
 
-The names are those of `digits_folds.py --list`. Runs lie under runs/digits_seeds and are resumed where they were
-stopped. The split is fixed (a third for test); a seed draws the weights, the order, the augmentation and the router's
-noise.
+The names are those of `folds.py --list`. Runs are resumed where they were stopped. The split is fixed (a third for
+test); a seed draws the weights, the order, the augmentation and the router's noise.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from digits_candidates import CANDIDATES, Outcome, candidate, finish, stem, summary, table
+from experiments.digits.candidates import CANDIDATES, Outcome, candidate, outcome, stem, summary, table
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
     for seed in seeds:
         for name in given.names:
             folder = given.runs / f"{stem(name)}-{given.epochs:g}-seed{seed}"
-            outcomes[name].append(finish(candidate(name, given.epochs, seed, given.threads), folder))
+            outcomes[name].append(outcome(candidate(name, given.epochs, seed, given.threads), folder))
     found = {name: summary(of_seeds) for name, of_seeds in outcomes.items()}
     print(table(found, f"top-1 of seeds {seeds[0]} to {seeds[-1]}"))
     if given.json:

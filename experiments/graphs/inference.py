@@ -1,6 +1,6 @@
 """Inference of Graph-MLP beside PyG's GCN (normalisation cached), one thread: a batch of nodes, and the whole graph.
 
-    SPARSE_MLP_DATA=... python benchmarks/graph_inference.py
+    SPARSE_MLP_DATA=... python -m experiments.graphs.inference
 
 GCN has to run over the graph whatever the number of nodes asked for. All
 interleaved in one process; medians of CPU time, which waiting for a shared core does not change.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from graph_common import Gcn, dense_features, edge_index
+from experiments.graphs.common import Gcn, dense_features, edge_index
 from sparse_mlp.data.edges import planted_graph
-from sparse_mlp.data.graph_files import load_graph
 from sparse_mlp.data.graphs import feature_rows
+from sparse_mlp.jobs.nodes import GraphConfig, load_configured
 from sparse_mlp.models.graph_mlp import GraphMlp
 
-RESULTS = Path(__file__).parent.parent / "docs" / "graph" / "inference.json"
+RESULTS = Path(__file__).parent / "results" / "inference.json"
 
 
 def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -40,7 +38,7 @@ def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
 
 def main() -> None:
     torch.set_num_threads(1)
-    graphs = [load_graph(name) for name in ("cora", "citeseer", "pubmed", "photo", "computers")]
+    graphs = [load_configured(GraphConfig(name)) for name in ("cora", "citeseer", "pubmed", "photo", "computers")]
     graphs += [planted_graph(nodes, 10 * nodes) for nodes in (10_000, 100_000)]
     rows = []
     for graph in graphs:

@@ -1,105 +1,95 @@
-"""What the graph benchmarks share: one training loop, PyTorch Geometric's GCN and SGC, resumable results."""
+"""What the graph programs share: Graph-MLP's settings, PyTorch Geometric's GCN and SGC, resumable results."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from experiments.runs import finish
+from sparse_mlp import recipes
 from sparse_mlp.data.graphs import Graph, feature_rows
-from sparse_mlp.data.node_batches import NodeBatches
-from sparse_mlp.engine import RunFolder, TrainConfig
-from sparse_mlp.models.graph_mlp import GraphMlp, SparseLinear, drop_features
-from sparse_mlp.recipes import graphs
-from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
-from sparse_mlp.tasks.teacher import TeacherConfig, train_teacher
+from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
+from sparse_mlp.jobs.nodes import GraphConfig, NetworkConfig, NodesRecipe
+from sparse_mlp.models.graph_mlp import SparseLinear, drop_features
+from sparse_mlp.tasks.nodes import NodeLossConfig
 
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
 
-@dataclass(frozen=True)
-class Setting:
-    """One Graph-MLP training: everything that is not the graph."""
-
-    lr: float = 0.001
-    weight_decay: float = 5e-3
-    hops: int = 2
-    batch_size: int = 2000
-    epochs: int = 400
-    cosine: bool = False  # the learning rate falls to 0, and the last epoch counts
-    sampling: str = "published"
-    loss: NodeLossConfig = field(default_factory=NodeLossConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    model: dict[str, Any] = field(default_factory=dict)
-
-    def but(self, **changes: Any) -> Setting:
-        return replace(self, **changes)
-
-
-PUBLISHED = {
-    "cora": Setting(),
-    "citeseer": Setting(loss=NodeLossConfig(alpha=1.0, tau=0.5)),
-    "pubmed": Setting(lr=0.1, loss=NodeLossConfig(alpha=100.0, tau=1.0)),
+_LOSSES = {
+    "citeseer": NodeLossConfig(alpha=1.0, tau=0.5),
+    "pubmed": NodeLossConfig(alpha=100.0, tau=1.0),
 }
 
 
-def ours(name: str) -> Setting:
+def published(name: str, seed: int) -> NodesRecipe:
+    """The authors' setting for a graph; Cora's for one that they did not train on."""
+    return NodesRecipe(
+        name=name,
+        data=GraphConfig(name),
+        task=_LOSSES.get(name, NodeLossConfig()),
+        optim=OptimConfig(opt="adam", lr=0.1 if name == "pubmed" else 1e-3, weight_decay=5e-3),
+        schedule=ScheduleConfig(sched="constant"),
+        train=_training(seed),
+    )
+
+
+def ours(name: str, seed: int) -> NodesRecipe:
     """What `sparse-mlp train NAME` trains."""
-    recipe = getattr(graphs, name)()
-    optim = {"lr": recipe.optim.lr, "weight_decay": recipe.optim.weight_decay, "epochs": recipe.train.steps}
-    return Setting(**optim, cosine=recipe.schedule.sched == "cosine", loss=recipe.task, teacher=recipe.teacher)
+    recipe = recipes.get(name)
+    assert isinstance(recipe, NodesRecipe)
+    return replace(recipe, train=replace(_training(seed), steps=recipe.train.steps))
+
+
+def plain(graph: Graph, seed: int) -> NodesRecipe:
+    """The same network on labels alone; the batch holds the training nodes and as many others, which do nothing."""
+    data = GraphConfig(graph.name, hops=1, batch_size=2 * len(graph.splits["train"]))
+    return replace(published("cora", seed), name=graph.name, data=data, task=NodeLossConfig(alpha=0.0))
+
+
+def with_experts(recipe: NodesRecipe) -> NodesRecipe:
+    """Four experts for the second layer, at as many multiply-adds: 2 x 256 x 128 = 256 x 256."""
+    return replace(recipe, model=NetworkConfig(num_experts=4, top_k=1, expert_dim=128))
+
+
+def bfloat16(recipe: NodesRecipe) -> NodesRecipe:
+    return replace(recipe, task=replace(recipe.task, similarity="bfloat16"))
+
+
+def _training(seed: int) -> TrainConfig:
+    return TrainConfig(steps=400, seed=seed, threads=1, log_every=100, eval_every=1, save_every=400)
+
+
+def fit(recipe: NodesRecipe, folder: Path) -> dict[str, Any]:
+    """Train in a folder what is missing there; accuracies in percent.
+
+    Those at the first step of best validation accuracy, or at the last one where the learning rate falls to 0.
+    """
+    start = time.process_time()
+    run = finish(recipe, folder)
+    lines = map(json.loads, run.folder.metrics_path.read_text().splitlines())
+    evals = [line for line in lines if line["kind"] == "eval" and line["step"]]
+    last = evals[-1]
+    best = last if recipe.schedule.sched == "cosine" else max(evals, key=lambda line: line["val_top1"])
+    return {
+        "val": 100 * best["val_top1"],
+        "test": 100 * best["top1"],
+        "epoch": best["step"] - 1,
+        "last": 100 * last["top1"],
+        "cpu_s": time.process_time() - start,
+    }
 
 
 def _accuracy(logits: torch.Tensor, graph: Graph, ids: np.ndarray) -> float:
     return (logits.argmax(1).numpy() == graph.labels[ids]).mean().item() * 100
-
-
-def fit_teacher(graph: Graph, seed: int, config: TeacherConfig) -> np.ndarray:
-    """Probabilities (N, C) of a teacher, trained in a folder that is deleted."""
-    with tempfile.TemporaryDirectory() as folder:
-        train = TrainConfig(steps=1, seed=seed)
-        return train_teacher(graph, config, train, RunFolder(Path(folder)), torch.device("cpu"), show=False)
-
-
-def fit_graph_mlp(graph: Graph, setting: Setting, seed: int) -> dict[str, Any]:
-    """Train; accuracies at the first epoch of best validation accuracy, or at the last one if the rate falls to 0."""
-    torch.manual_seed(seed)
-    model = GraphMlp(graph.features.shape[1], graph.num_classes, **setting.model)
-    task = NodeClassify(model, setting.loss)
-    optimizer = torch.optim.Adam(task.param_groups(setting.weight_decay), lr=setting.lr)
-    schedule = CosineAnnealingLR(optimizer, setting.epochs) if setting.cosine else None
-    start = time.process_time()
-    teacher = fit_teacher(graph, seed, setting.teacher) if setting.loss.distill else None
-    batches = NodeBatches(
-        graph, setting.batch_size, setting.hops, seed, sampling=setting.sampling, probabilities=teacher
-    )
-    rows = {split: feature_rows(graph.features, graph.splits[split]) for split in ("val", "test")}
-
-    def score(split: str) -> float:
-        with torch.no_grad():
-            guess = model.eval()(rows[split]).argmax(1).numpy()
-        return (guess == graph.labels[graph.splits[split]]).mean().item() * 100
-
-    best = {"val": -1.0}
-    for epoch in range(setting.epochs):
-        task.train()
-        loss = task(batches[epoch])["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if schedule is not None:
-            schedule.step()
-        val = score("val")
-        if val > best["val"] or setting.cosine:
-            best = {"val": val, "test": score("test"), "epoch": epoch}
-    return {**best, "last": score("test"), "cpu_s": time.process_time() - start}
 
 
 def fit_peer(
@@ -202,7 +192,7 @@ def fit_sgc(graph: Graph, seed: int) -> dict[str, Any]:
 
 
 class Results:
-    """A JSON file of finished runs: a killed benchmark goes on where it was."""
+    """A JSON file of finished runs: a program that was killed goes on where it was."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

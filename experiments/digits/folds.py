@@ -1,11 +1,11 @@
 """Digits: choose a recipe without the test images, by five-fold cross-validation on the 1,198 training images.
 
-    python benchmarks/digits_folds.py --list                             # the candidates
-    python benchmarks/digits_folds.py [NAME ...]                         # trains what is missing, prints the table
-    python benchmarks/digits_folds.py --finished --json docs/digits_folds.json   # of what is trained already
+    python -m experiments.digits.folds --list        # the candidates
+    python -m experiments.digits.folds [NAME ...]    # trains what is missing, prints the table
+    python -m experiments.digits.folds --finished --json experiments/digits/results/folds.json   # of what is trained
 
-Every candidate is trained on four fifths and evaluated on the fifth left out, as `digits_seeds.py` trains on all; the
-seed is the fold. Runs lie under runs/digits_folds and are resumed where they were stopped.
+Every candidate is trained on four fifths and evaluated on the fifth left out, as `seeds.py` trains on all; the seed is
+the fold. Runs are resumed where they were stopped.
 
 CHOICE are the candidates of a choice that was settled when shifts and crops had been run, and two folds of one sparse
 block, before the rest: as many of each model, all five folds, the highest accuracy wins, at a tie the lower scaled
@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from sklearn.model_selection import StratifiedKFold
 
-from digits_candidates import CANDIDATES, Outcome, candidate, finish, stem, summary, table
-from sparse_mlp.cli.running import is_finished
+from experiments.digits.candidates import CANDIDATES, Outcome, candidate, outcome, stem, summary, table
+from experiments.runs import is_finished
 from sparse_mlp.data import sets
 
 FOLDS = 5
@@ -48,7 +48,7 @@ def read_fold(fold: int, root: Path, download: bool) -> tuple[sets.Split, sets.S
 def run(name: str, fold: int, epochs: float, folder: Path) -> Outcome:
     digits = replace(sets._ARRAY_SETS["digits"], read=partial(read_fold, fold))
     with mock.patch.dict(sets._ARRAY_SETS, digits=digits):
-        return finish(candidate(name, epochs, seed=fold), folder)
+        return outcome(candidate(name, epochs, seed=fold), folder)
 
 
 def main() -> None:
