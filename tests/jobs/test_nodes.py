@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import sys
@@ -85,6 +86,8 @@ def test_training_leaves_metrics_weights_predictions_and_a_report(run):
     assert set(run.metrics) == {"loss", "top1", "val_top1", "nodes"}
     stored = np.load(run.path / "predictions.npz")
     assert (stored["logits"].argmax(1) == stored["target"]).mean() == pytest.approx(run.metrics["top1"])
+    rows = list(csv.DictReader((run.path / "predictions.csv").read_text().splitlines()))
+    assert [int(row["predicted"]) for row in rows] == stored["logits"].argmax(1).tolist()
     page = (run.path / "report.html").read_text()
     assert "Test accuracy" in page and not (run.path / "teacher.npz").exists()
     config = json.loads((run.path / "config.json").read_text())
@@ -137,12 +140,22 @@ def test_features_that_do_not_fit_are_named(run, tmp_path, write, message):
 def test_an_exported_network_loads_as_is_printed(run, tmp_path, folder):
     code = run.export(tmp_path / "network.safetensors")
     names: dict = {}
-    exec(f"import sparse_mlp.models.graph_mlp, safetensors.torch\n{code}", names)
+    exec(code, names)
     model, graph = names["model"].eval(), load_graph(str(folder))
     stored = np.load(run.path / "predictions.npz")
     with torch.no_grad():
         logits = model(torch.from_numpy(graph.features[stored["index"]]))
     np.testing.assert_allclose(logits.numpy(), stored["logits"], atol=1e-5)
+
+
+def test_the_report_of_a_run_whose_graph_is_gone_shows_no_nodes(recipe, tmp_path, caplog):
+    graph = tmp_path / "graph"
+    graph.mkdir()
+    run = train(replace(recipe, data=replace(recipe.data, source=str(save_graph(graph)))), tmp_path / "run", show=False)
+    (graph / "data.pt").unlink()
+    page = run.report().read_text()
+    assert "Validation accuracy" in page and "shows no nodes" in caplog.text
+    assert "holds none of" in caplog.text
 
 
 def kill_at(monkeypatch, update_number):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_mlp import distributed
@@ -24,6 +25,7 @@ from sparse_mlp.jobs.job import Context, EvalOptions, Job, PredictOptions, Row
 from sparse_mlp.jobs.model import load_weights
 from sparse_mlp.jobs.recipe import Recipe
 from sparse_mlp.models.graph_mlp import GraphMlp
+from sparse_mlp.report import write_predictions_csv
 from sparse_mlp.report.nodes import write_node_report
 
 if missing := [name for name in ("scipy", "torch_geometric") if find_spec(name) is None]:
@@ -157,6 +159,9 @@ class NodesJob(Job[NodesRecipe]):
         distributed.on_main(lambda: _write_probabilities(path, found))
         return found
 
+    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
+        write_predictions_csv(run.path / "predictions.csv", evaluation.predictions)
+
     def summary(self, evaluation: Evaluation) -> str:
         parts = [("validation", "val_top1"), ("test", "top1")]
         shown = [f"{name} {evaluation.metrics[key]:.2%}" for name, key in parts if key in evaluation.metrics]
@@ -192,29 +197,32 @@ class NodesJob(Job[NodesRecipe]):
 
     @classmethod
     def report(cls, run: RunFolder, context: Context | None = None) -> Path:
-        """The page of a run, finished or not; what needs weights is left out before the first checkpoint."""
+        """The page of a run, finished or not; test nodes are shown where there are weights and the graph is found."""
         if not run.metrics_path.is_file():
             raise UserError(f"{run.path} has nothing to report yet: the training has not begun")
         recipe, inputs = cls.stored(run), read_inputs(run)
         test = target = np.empty(0, np.int64)
         embedding, logits = np.empty((0, recipe.model.hidden_dim)), np.empty((0, inputs["num_classes"]))
-        if run.has_checkpoint():
-            model, graph = _load_network(run, recipe), load_configured(recipe.data)
-            test = graph.labelled("test")
+        try:
+            graph = load_configured(recipe.data) if run.has_checkpoint() else None
+        except (UserError, OSError) as error:
+            _log.warning("the report of %s shows no nodes: %s", run.path, error)
+            graph = None
+        if graph is not None:
+            model, test = _load_network(run, recipe), graph.labelled("test")
             target = graph.labels[test]
             with torch.no_grad():
                 hidden = model.forward_features(feature_rows(graph.features, test))
                 embedding, logits = hidden.numpy(), model.forward_head(hidden).numpy()
         predictions = {"index": test, "target": target, "logits": logits}
-        return write_node_report(
-            run.path, inputs["name"], inputs["num_nodes"], inputs["num_edges"], embedding, predictions
-        )
+        sizes = inputs["num_nodes"], inputs["num_edges"]
+        return write_node_report(run.path, inputs["name"], *sizes, embedding, predictions)
 
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:
-        """The weights as safetensors; the names are those of the authors' code."""
-        from safetensors.torch import save_file
-
+        """The weights as a safetensors file; the names are those of the authors' code."""
+        if target.suffix != ".safetensors" or target.is_dir():
+            raise UserError(f"the file to write must end in .safetensors, got {target}")
         recipe, inputs = cls.stored(run), read_inputs(run)
         model = _load_network(run, recipe)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -222,10 +230,13 @@ class NodesJob(Job[NodesRecipe]):
         given = {name: value for name, value in vars(recipe.model).items() if value != getattr(NetworkConfig, name)}
         values = [str(inputs["num_features"]), str(inputs["num_classes"])]
         values += [f"{name}={value!r}" for name, value in given.items()]
-        return (
-            f"model = sparse_mlp.models.graph_mlp.GraphMlp({', '.join(values)})\n"
-            f"model.load_state_dict(safetensors.torch.load_file({str(target)!r}))"
-        )
+        lines = [
+            "import safetensors.torch",
+            "from sparse_mlp.models.graph_mlp import GraphMlp",
+            f"model = GraphMlp({', '.join(values)})",
+            f"model.load_state_dict(safetensors.torch.load_file({str(target)!r}))",
+        ]
+        return "\n".join(lines)
 
 
 def _check(recipe: NodesRecipe) -> None:

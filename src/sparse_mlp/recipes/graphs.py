@@ -1,6 +1,6 @@
 """Graph-MLP on the papers' graphs: complete configurations.
 
-Accuracy over ten seeds, hardware and the search behind these numbers: experiments/graphs.
+Accuracy over ten seeds, hardware and the search behind these numbers: experiments/graphs/README.md.
 """
 
 from __future__ import annotations
