@@ -81,7 +81,7 @@ class FileViews(FileImages):
 
     def __init__(self, images: FileImages, pair: Callable[[Image.Image], Tensor]) -> None:
         channels = 1 if images.mode == "L" else 3
-        super().__init__(images.source, pair, images.eval_transform, channels, images.skip_bad)
+        super().__init__(images.source, pair, images.eval_transform, channels, images.skip_bad, images.label_map)
 
     def batch(self, indices: Sequence[int] | np.ndarray, epoch: tuple[int, int] | None = None) -> Batch:
         batch = super().batch(indices, epoch)

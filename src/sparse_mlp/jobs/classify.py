@@ -120,10 +120,13 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         assert isinstance(options, ClassifyEvalOptions)
         recipe, spec = cls.stored(run), load_inputs(run)
         own = options.data.name == recipe.data.name and options.data.root == recipe.data.root
+        images = options.data
+        if not own and images.name == "folder" and images.test_share is None:
+            images = replace(images, test_share=1.0)  # nothing of a folder that was not trained on is kept back
         context = Context(run if own else None, trusted=options.trust_data or not own)
-        data = open_images(options.data, AugmentConfig(), context, classes=spec.classes)
+        data = open_images(images, AugmentConfig(), context, classes=spec.classes)
         model = load_trained(run, options.checkpoint, replace(data.spec, classes=spec.classes))
-        return evaluate_model(model, recipe.task, data, options.data, device)
+        return evaluate_model(model, recipe.task, data, images, device)
 
     @classmethod
     def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
