@@ -1,7 +1,7 @@
 """Node classification: labels of a few nodes, the graph as a loss between embeddings, nothing of it in the model.
 
 total = cross entropy of the labelled nodes + alpha * NContrast + distill * cross entropy with a teacher's probabilities
-(the last term, knowledge distillation, is not in the paper: docs/graph.md)
+(the last term, knowledge distillation, is not in the paper: experiments/graphs)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class NodeLossConfig:
     """Scale of the similarities: multiplies them in the published form, divides them in the paper's."""
 
     form: Form = "published"
-    """published: what the authors' code computes; paper: the formula. See docs/graph.md."""
+    """published: what the authors' code computes; paper: the formula. See experiments/graphs."""
 
     distill: float = 0.0
     """Weight of the cross entropy with the probabilities of a teacher that passes messages; see TeacherConfig."""
