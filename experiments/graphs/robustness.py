@@ -44,8 +44,10 @@ def before(method: str, graph: Graph, share: float, seed: int, runs: Path) -> di
     """Train on a corrupted graph; the runs read it from a file, as any graph of a user's own."""
     if method == "gcn":
         return fit_gcn(graph, seed)
-    recipe = plain(graph, seed) if method == "mlp" else ours(graph.name, seed)
-    recipe = bfloat16(published(graph.name, seed) if method == "published" else recipe)
+    if method == "mlp":
+        recipe = plain(graph, seed)
+    else:
+        recipe = bfloat16(published(graph.name, seed) if method == "published" else ours(graph.name, seed))
     data = replace(recipe.data, source=str(write_graph(graph, runs / f"{graph.name}-{share}-seed{seed}" / "data.pt")))
     if method == "trust":
         data = replace(data, trust=TRUST, similar=SIMILAR)
