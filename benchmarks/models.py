@@ -26,7 +26,8 @@ import interleaved
 import published
 import sparse_mlp  # noqa: F401
 from interleaved import Row, compare, interleave, peak_gflops, print_table, ratio, settle_allocator, write_json
-from sparse_mlp import recipes, weights
+from sparse_mlp import weights
+from sparse_mlp.jobs import Context, Run, load_weights
 
 WANTED = {"cycle_mlp_b1": 1.8, "cycle_mlp_b2": 1.8, "as_mlp_tiny": 1.15, "hire_mlp_tiny": 1.1, "hire_mlp_small": 1.1}
 
@@ -108,10 +109,11 @@ def steps_of_runs(folders: list[Path], rounds: int) -> list[dict[str, object]]:
     itself must cost no more than a new one."""
     alternatives = {}
     for folder in folders:
-        job = recipes.build(recipes.load(folder))
+        run = Run(folder)
+        job = run.job(run.recipe, Context(run.folder))
         ended = copy.deepcopy(job.task)
-        recipes.load_weights(ended.backbone(), folder)
-        batch = next(iter(job.loaders.train(start_step=0, steps=1)))
+        load_weights(ended.backbone(), folder)
+        batch = next(iter(job.loaders.train(start_step=0, steps=1, rank=0, world_size=1)))
         for when, task in (("began", job.task), ("ended", ended)):
             alternatives[f"{folder.name}, as it {when}"] = partial(step_of_task, task.train(), batch)
     seconds = interleave(alternatives, rounds)

@@ -4,7 +4,7 @@
 
 Alternates, on the same batches, the whole update (augmentation in this process, both views, momentum encoder, heads,
 loss, backward, optimiser) with the encoders' share of it: the online encoder forward and backward and the momentum
-encoder forward, on both views. Prints medians and their ratio, and writes JSON with --out. Waiting for data is not in
+encoder forward, on both views. Prints medians and their ratio, and writes JSON with --json. Waiting for data is not in
 here, a run measures it: `data_time` in its metrics.jsonl.
 
 Then augments one batch in the whole-batch form that sets in memory use and by torchvision's transforms, one seeded call
@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+import sparse_mlp
 from sparse_mlp.data import AugmentConfig, ViewsConfig
 from sparse_mlp.data.augment import DRAWS, BatchAugment
 from sparse_mlp.data.randomness import preserved_generators, seed_generators
 from sparse_mlp.data.view_transforms import VIEW_DRAWS, BatchView, view_transform
 from sparse_mlp.engine.learner import Learner
-from sparse_mlp.recipes.pretrain import build_pretraining, get_pretraining, resolve
+from sparse_mlp.jobs.pretrain import PretrainJob
 from sparse_mlp.tasks.moco import Moco
 
 
@@ -108,14 +109,14 @@ def main() -> None:
     parser.add_argument("--recipe", default="cifar10_moco_sparse")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    recipe = resolve(get_pretraining(given.recipe))
+    recipe = sparse_mlp.recipe(given.recipe)
     recipe = replace(recipe, data=replace(recipe.data, workers=0, download=False))
-    job = build_pretraining(recipe)
+    job = PretrainJob(recipe)
     learner = Learner(job.task, recipe.optim, recipe.train, torch.device("cpu"))
-    batches = iter(job.loaders.train(start_step=0, steps=given.rounds + 1))
+    batches = iter(job.loaders.train(start_step=0, steps=given.rounds + 1, rank=0, world_size=1))
     seconds: dict[str, list[float]] = {"views": [], "update": [], "encoders": []}
     for number in range(given.rounds + 1):
         start = time.perf_counter()
@@ -143,8 +144,8 @@ def main() -> None:
         print(f"{name}: whole batch {whole:.4f} s, one by one {single:.4f} s, {single / whole:.1f} times")
     both = sum(forms[f"view {number}"]["one_by_one"] for number in (1, 2))
     print(f"both views one by one: {both / medians['update']:.1%} of an update")
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,21 @@ def data_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cifar10_root(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the official CIFAR-10; written once a session where only the strips of experiments/data are there."""
+    from experiments.data.cifar10 import rebuild_cifar10
+
+    source = data_root / "cifar10"
+    if (source / "cifar-10-batches-py").is_dir():
+        return source
+    if not (source / "labels.npy").is_file():
+        pytest.skip(f"there is no CIFAR-10 in {source}")
+    folder = tmp_path_factory.mktemp("cifar10")
+    rebuild_cifar10(source, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def naive_moe() -> Callable[[MoeMlp, Tensor], Tensor]:
     """A mixture of experts in its plainest form, a loop per item without noise, to hold the fast ones against."""
 

@@ -82,6 +82,7 @@ def candidate(name: str, epochs: float, seed: int, threads: int = 1) -> Classify
     """
     recipe_name, augment, change = CANDIDATES[name]
     recipe = recipes.get(recipe_name)
+    assert isinstance(recipe, ClassifyRecipe)
     train_config = replace(recipe.train, epochs=epochs, seed=seed, threads=threads, eval_every=0, save_every=180)
     if augment != "plain":
         train_config = replace(train_config, ema_decay=0.995, ema_warmup=True)

@@ -69,7 +69,7 @@ def pubmed(similarity: str) -> dict[str, float | str]:
     """The published training, evaluated at every step, without what a run writes."""
     imports, recipe = peak_gib(), published("pubmed", seed=0)
     job = NodesJob(bfloat16(recipe) if similarity == "bfloat16" else recipe)
-    optimizer = torch.optim.Adam(job.task.param_groups(recipe.optim.weight_decay), lr=recipe.optim.lr)
+    optimizer = torch.optim.Adam(job.task.param_groups(recipe.optim.weight_decay, None), lr=recipe.optim.lr)
     start, best = time.process_time(), {"val_top1": -1.0}
     for batch in job.loaders.train(start_step=0, steps=recipe.train.steps, rank=0, world_size=1):
         job.task.train()

@@ -21,8 +21,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.datasets import CIFAR10
 
-from sparse_mlp.data.cifar import read_cifar10
+from sparse_mlp.data.cifar import read_cifar
 from sparse_mlp.moe import MoeMlp
 
 
@@ -172,8 +173,8 @@ def main() -> None:
     if unknown or not args.names:
         parser.exit(2 if unknown else 0, "\n".join([*(f"unknown: {name}" for name in unknown), *PILOTS]) + "\n")
     torch.set_num_threads(1)
-    (images, labels), (test, test_labels), _ = read_cifar10(
-        Path(os.environ.get("SPARSE_MLP_DATA", "data"), "cifar10"), False
+    (images, labels), (test, test_labels), _ = read_cifar(
+        CIFAR10, Path(os.environ.get("SPARSE_MLP_DATA", "data"), "cifar10"), False
     )
     data = (
         torch.from_numpy(images),

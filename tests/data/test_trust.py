@@ -180,15 +180,6 @@ def test_a_pickle_in_the_place_of_cifar_is_not_loaded(tmp_path: Path, touched: P
     assert not touched.exists()
 
 
-@pytest.mark.parametrize("file", ["labels.npy"])
-def test_a_pickle_in_the_place_of_labels_is_not_loaded(tmp_path: Path, touched: Path, file: str):
-    (tmp_path / file).write_bytes(pickle.dumps(Touch(touched)))
-    (tmp_path / "data_batch_1.zip").write_bytes(b"")
-    with pytest.raises(OSError, match="damaged"):
-        build(name="cifar10", root=str(tmp_path), num_classes=None)
-    assert not touched.exists()
-
-
 @pytest.mark.parametrize(
     ("name", "remote"),
     [

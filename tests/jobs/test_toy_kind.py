@@ -19,6 +19,7 @@ from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, Sched
 from sparse_mlp.jobs import Context, Job, PredictOptions, Recipe, Row, kinds, load_weights, register
 
 
+# --8<-- [start:kind]
 @dataclass(frozen=True)
 class LineRecipe(Recipe):
     kind: ClassVar[str] = "line"
@@ -69,6 +70,7 @@ class LineJob(Job[LineRecipe]):
         return [{"x": float(x), "y": model(torch.tensor([float(x)])).item()} for x in files]
 
 
+# --8<-- [end:kind]
 @pytest.fixture(scope="module", autouse=True)
 def known() -> Iterable[None]:
     register(LineJob)
@@ -112,6 +114,14 @@ def test_a_finished_run_goes_on_with_a_larger_length(run: sparse_mlp.Run, tmp_pa
     grown = sparse_mlp.resume(short.path, {"train": {"steps": 30}}, show=False)
     assert grown.recipe.train.steps == 30
     assert (grown.path / "model.safetensors").read_bytes() == (long.path / "model.safetensors").read_bytes()
+
+
+def test_a_schedule_that_has_ended_is_not_made_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = LineRecipe(schedule=ScheduleConfig("cosine"), train=TrainConfig(steps=4, log_every=2))
+    run = sparse_mlp.train(recipe, tmp_path / "run", show=False)
+    assert main(["train", "--resume", str(run.path), "--train.steps", "8"]) == 2
+    assert "only a constant schedule can go on" in capsys.readouterr().err
+    assert sparse_mlp.resume(run.path, show=False).recipe == recipe, "the refused length has left nothing behind"
 
 
 def test_its_options_are_those_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

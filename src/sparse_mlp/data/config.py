@@ -18,7 +18,7 @@ class DataConfig:
     """
 
     name: str = "digits"
-    """digits, cifar10, cifar100, cifar100_fifth, folder (any folder of images, one subfolder a class),
+    """digits, cifar10, cifar100, folder (any folder of images, one subfolder a class),
     or any name timm's create_dataset takes: torch/..., hfds/..., hfids/..., tfds/..., wds/... Sets that are fetched
     or can run a program are opened only where a command line names them, not because a run's settings do."""
 

@@ -6,15 +6,17 @@ import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import IterableDataset
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from sparse_mlp.data.augment import BatchAugment, train_transform
-from sparse_mlp.data.cifar import Split, read_cifar10, read_cifar100, read_cifar100_fifth
+from sparse_mlp.data.cifar import Split, read_cifar
 from sparse_mlp.data.classes import match_classes
 from sparse_mlp.data.config import AugmentConfig, DataConfig, check_configs
 from sparse_mlp.data.decode import BadImageError, display_name
@@ -88,14 +90,12 @@ class _ArraySet:
     mean: tuple[float, ...]
     """Of the training images, in 0..1."""
     std: tuple[float, ...]
-    folder: str
 
 
 _ARRAY_SETS = {
-    "digits": _ArraySet(read_digits, (0.305,), (0.376,), "digits"),
-    "cifar10": _ArraySet(read_cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "cifar10"),
-    "cifar100": _ArraySet(read_cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar100"),
-    "cifar100_fifth": _ArraySet(read_cifar100_fifth, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar100"),
+    "digits": _ArraySet(read_digits, (0.305,), (0.376,)),
+    "cifar10": _ArraySet(partial(read_cifar, CIFAR10), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _ArraySet(partial(read_cifar, CIFAR100), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 SETS = (*_ARRAY_SETS, "folder")
 """Names of the sets of our own; timm's have a prefix."""
@@ -103,8 +103,7 @@ SETS = (*_ARRAY_SETS, "folder")
 
 def default_root(name: str) -> Path:
     """Where a set is looked for when `DataConfig.root` does not say: $SPARSE_MLP_DATA, else data/, by name."""
-    folder = _ARRAY_SETS[name].folder if name in _ARRAY_SETS else name.replace("/", "_")
-    return Path(os.environ.get("SPARSE_MLP_DATA") or "data") / folder
+    return Path(os.environ.get("SPARSE_MLP_DATA") or "data") / name.replace("/", "_")
 
 
 def build_datasets(

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
-from sparse_mlp.engine import Evaluation, RunFolder
+from sparse_mlp.engine import Evaluation, RunFolder, check_longer
 from sparse_mlp.engine.run import naming, write_json
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import Context, Job, Row
@@ -155,6 +155,8 @@ def _write_start(run: RunFolder, job: Job, resume: bool) -> None:
     if not resume:
         RunFolder.create(run.path, to_json(job.recipe))
     elif run.config() != to_json(job.recipe):
+        if is_longer(job.stored(run), job.recipe):
+            run.results_path.unlink(missing_ok=True)  # it has not finished any more
         write_json(run.config_path, to_json(job.recipe))
     for name, content in job.inputs().items():
         write_json(run.path / name, content)
@@ -175,15 +177,21 @@ def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
 
 
 def check_resume(folder: Path, stored: Recipe, asked: Recipe) -> None:
-    """UserError if a run would go on with other settings than it began with.
-
-    Whether a run can become longer is for the trainer to say, which knows the schedule.
-    """
+    """UserError if a run would go on with other settings than it began with, or longer than its schedule allows."""
     free = job_type(stored.kind).free | {f"train.{name}" for name in LENGTHS}
     changed = {name: values for name, values in differences(stored, asked).items() if name not in free}
     if changed:
         listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in list(changed.items())[:5])
         raise UserError(f"{folder} cannot be resumed with another configuration: {listed}")
+    is_longer(stored, asked)
+
+
+def is_longer(stored: Recipe, asked: Recipe) -> bool:
+    """Whether a run becomes longer. UserError if its schedule does not allow that, or if it becomes shorter."""
+    train = getattr(asked, "train", None)
+    if train is None:
+        return False
+    return check_longer(asdict(stored.train), asdict(train), asked.schedule.sched)  # type: ignore[attr-defined]
 
 
 def choose_folder(name: str, folder: Path | None, resume: bool) -> Path:

@@ -94,10 +94,13 @@ def positions(experts_GM: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 @accelerated
 def sort_by_expert(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Choices sorted by expert: the item of each row (M,), the row of each choice (N, K), choices of each expert (E,)."""
-    order_M = experts_NK.flatten().argsort(stable=True)
-    hot_EM = experts_NK.flatten() == torch.arange(num_experts, device=experts_NK.device).unsqueeze(1)
-    return order_M // experts_NK.shape[1], order_M.argsort().view_as(experts_NK), hot_EM.sum(1)
+    """Choices sorted by expert: item of each row (M,), row of each choice (N, K), choices of each expert (E,)."""
+    experts_M = experts_NK.flatten()
+    place_1M, chosen_E = positions(experts_M.unsqueeze(0), num_experts)
+    row_M = (chosen_E.cumsum(0) - chosen_E)[experts_M] + place_1M[0]
+    item_NK = torch.arange(experts_NK.shape[0], device=row_M.device).unsqueeze(1).expand_as(experts_NK)
+    item_M = torch.empty_like(row_M).scatter(0, row_M, item_NK.flatten())
+    return item_M, row_M.view_as(experts_NK), chosen_E
 
 
 @accelerated

@@ -26,8 +26,7 @@ class MoeMlp(NonPersistentBuffers):
     Args:
         dim: D, width of an item.
         hidden_dim: H, hidden width of each expert.
-        num_experts: E.
-        top_k: K, experts per item.
+        num_experts: E. top_k: K, experts per item.
         capacity_ratio: rows per expert in training, as a multiple of the even share N K / E; None is dropless.
             A choice that finds no row is dropped: it adds zero, and the residual around the layer carries the item.
         eval_capacity_ratio: the same in evaluation.
@@ -44,8 +43,7 @@ class MoeMlp(NonPersistentBuffers):
         balance_reduce: a differentiable sum of the balance totals, (1 or 2, E), over ranks.
         on_routing: receives a `telemetry.RoutingRecord` of each forward.
 
-    Raises:
-        ValueError: if a number is out of range, or the last dimension of an input is not `dim`.
+    Raises ValueError if a number is out of range, or the last dimension of an input is not `dim`.
     """
 
     balance_scale: Tensor
@@ -88,17 +86,16 @@ class MoeMlp(NonPersistentBuffers):
         self.balance_reduce: Callable[[Tensor], Tensor] | None = None
         self.on_balance_loss: Callable[[Tensor], None] | None = None  # see `balance.collect_balance_loss`
         self.on_routing: Callable[[telemetry.RoutingRecord], None] | None = None
-        self._warned_capacity: set[tuple[float, int]] = set()
+        self._warned: set[tuple[float, int]] = set()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, each expert from its own random start; the buffers as at the start."""
+        """Draw all weights anew; the buffers as at the start."""
         self.router.reset_parameters()
         self.experts.fc1.reset_parameters()
         self.experts.fc2.reset_parameters()
         self.init_non_persistent_buffers()
 
-    # timm's weight initialisers call a module's own method of this name
-    init_weights = reset_parameters
+    init_weights = reset_parameters  # what timm's weight initialisers call
 
     def init_non_persistent_buffers(self) -> None:
         self.balance_scale.fill_(1.0)
@@ -129,21 +126,19 @@ class MoeMlp(NonPersistentBuffers):
         if self.capacity_group == "image" and x.ndim >= 3:
             groups, items = x.shape[0], math.prod(x.shape[1:-1])
         experts_GNK, gates_GNK = (t.view(groups, items, self.top_k) for t in (routing.experts_NK, routing.gates_NK))
-        return dispatch.limited(
-            experts_GNK, gates_GNK, self.num_experts, self._capacity(items, ratio), self.prioritized
-        )
+        capacity = self._capacity(items, ratio)
+        return dispatch.limited(experts_GNK, gates_GNK, self.num_experts, capacity, self.prioritized)
 
     def _capacity(self, items: int, ratio: float) -> int:
         capacity = dispatch.capacity(items, self.num_experts, self.top_k, ratio)
-        if not torch.compiler.is_compiling() and (ratio, items) not in self._warned_capacity:
-            self._warned_capacity.add((ratio, items))
+        if not torch.compiler.is_compiling() and (ratio, items) not in self._warned:
+            self._warned.add((ratio, items))
             warn_if_rounded(ratio, items, capacity, self.num_experts, self.top_k)
         return capacity
 
     def _balance(self, y_ND: Tensor, routing: Routing, plan: dispatch.Plan) -> Tensor:
-        totals, entropies = balance.expert_totals(
-            routing.logits_NE, routing.noisy_NE, routing.experts_NK, self.router.noise_std
-        )
+        logits = routing.logits_NE, routing.noisy_NE
+        totals, entropies = balance.expert_totals(*logits, routing.experts_NK, self.router.noise_std)
         importance_E = totals[0]
         if self.balance_reduce is not None:  # by ranks without an item too, for the others wait for them
             totals = self.balance_reduce(totals)

@@ -1,6 +1,6 @@
 """Graph-MLP on the papers' graphs: complete configurations.
 
-Accuracy over ten seeds, hardware and the search behind these numbers: docs/graph.md.
+Accuracy over ten seeds, hardware and the search behind these numbers: experiments/graphs.
 """
 
 from __future__ import annotations

@@ -103,6 +103,14 @@ def test_gates_and_balance_statistics(n, num_experts, threads, noise_std, tied, 
     torch.testing.assert_close(entropies[0].double(), entropies[1], rtol=1e-5, atol=1e-5)
 
 
+def test_more_experts_than_the_kernels_take() -> None:
+    logits = torch.randn(20, 1000)
+    assert torch.equal(top_gates(logits, 3)[1], logits.topk(3).indices)
+    layer = MoeMlp(8, 4, 1000, 2)
+    layer(torch.randn(20, 8)).sum().backward()
+    assert layer.router.weight.grad.isfinite().all()
+
+
 def test_sums_over_more_items_than_one_block() -> None:
     logits = torch.randn(5000, 3)
     totals, entropies = expert_totals(logits, logits, top_gates(logits, 1)[1], 0.0)

@@ -18,27 +18,49 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.c")
 # `-x c`: a C++ compiler would mangle the names
 FLAGS = ("-x", "c", "-O3", "-march=native", "-std=gnu11", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
-FUNCTIONS = (
-    "column_sums",
-    "gather",
-    "combine",
-    "combine_backward",
-    "sort_by_expert",
-    "top_gates",
-    "top_gates_backward",
-    "expert_totals",
-    "expert_totals_backward",
-    "bias_gelu",
-    "bias_gelu_backward",
-    "few_rows_experts",
-    "few_rows_experts_backward",
-)
+# the members of each function's struct: pointers, then sizes, then the number of threads
+POINTERS = {
+    "column_sums": "rows total parts",
+    "gather": "x item out",
+    "combine": "rows row gate y",
+    "combine_backward": "grad rows row gate grad_rows grad_gate written",
+    "sort_by_expert": "expert item row count",
+    "top_gates": "logits chosen gates",
+    "top_gates_backward": "logits chosen grad_gates grad_logits",
+    "expert_totals": "logits noisy chosen totals parts",
+    "expert_totals_backward": "logits noisy chosen grad_totals grad_logits grad_noisy",
+    "bias_gelu": "hidden bias act",
+    "bias_gelu_backward": "hidden bias grad act grad_bias parts",
+    "few_rows_experts": "x first_row w1 b1 w2 b2 hidden act out",
+    "few_rows_experts_backward": (
+        "x first_row w1 b1 w2 hidden grad grad_x grad_w1 grad_b1 grad_w2 grad_b2 grad_rows grad_hidden act parts"
+    ),
+}
+NUMBERS = {
+    "column_sums": "n d",
+    "gather": "n m d",
+    "combine": "n k m d stride",
+    "combine_backward": "n k m d stride",
+    "sort_by_expert": "m k experts",
+    "top_gates": "n experts k",
+    "top_gates_backward": "n experts k",
+    "expert_totals": "n experts k",
+    "expert_totals_backward": "n experts k",
+    "bias_gelu": "n d by_tanh",
+    "bias_gelu_backward": "n d by_tanh",
+    "few_rows_experts": "experts d h by_tanh",
+    "few_rows_experts_backward": "experts d h by_tanh large",
+}
 SIZES = ("row_stride", "blocks_of")
 
 
@@ -52,7 +74,7 @@ def load() -> ctypes.CDLL | str:
         return "no C compiler found (cc, gcc or clang, or what CC names)"
     try:
         library = ctypes.CDLL(str(_build(compiler)))
-        for name in FUNCTIONS:
+        for name in POINTERS:
             getattr(library, name).argtypes, getattr(library, name).restype = [ctypes.c_void_p], None
         for name in SIZES:
             getattr(library, name).argtypes, getattr(library, name).restype = [ctypes.c_int64], ctypes.c_int64
@@ -62,6 +84,27 @@ def load() -> ctypes.CDLL | str:
         _log.warning("the experts run without their C kernels, which %s could not compile: %s", compiler, reason)
         return f"{compiler} failed: {reason}"
     return library
+
+
+@cache
+def _struct(name: str) -> type[ctypes.Structure]:
+    fields: list[tuple[str, Any]] = [(field, ctypes.c_void_p) for field in POINTERS[name].split()]
+    fields += [(field, ctypes.c_int64) for field in (*NUMBERS[name].split(), "threads")]
+    if name.startswith("expert_totals"):
+        fields.append(("noise_std", ctypes.c_double))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def call(name: str, tensors: tuple[Tensor | None, ...], *sizes: int, noise_std: float | None = None) -> None:
+    """Run a C function; the tensors are in the order of its struct, contiguous, and alive until it returns."""
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    values = [*pointers, *sizes, torch.get_num_threads(), *([] if noise_std is None else [noise_std])]
+    getattr(load(), name)(ctypes.byref(_struct(name)(*values)))
+
+
+def size(name: str, value: int) -> int:
+    """What a function of one size says, as `row_stride`."""
+    return getattr(load(), name)(value)
 
 
 def find_compiler() -> str | None:
