@@ -15,8 +15,8 @@ target = Path(sys.argv[1] if len(sys.argv) > 1 else "routing.png")
 torch.manual_seed(0)
 images = torch.tensor(load_digits().images[:6], dtype=torch.float32)[:, None] / 16 - 0.5
 # Untrained here; checkpoint_path="runs/.../model.safetensors" for a trained one.
-model = timm.create_model(
-    "sparse_mlp_t4_32", patch_size=2, in_chans=1, img_size=8, num_classes=10, rerepresent=False)
+arguments = {"patch_size": 2, "in_chans": 1, "img_size": 8, "num_classes": 10, "rerepresent": False}
+model = timm.create_model("sparse_mlp_t4_32", **arguments).eval()
 
 with torch.no_grad(), telemetry.record(model) as records:
     model(images)
