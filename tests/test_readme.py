@@ -1,55 +1,106 @@
-"""The README's commands and code are true."""
+"""The commands and programs in the README and on the site are true."""
+
+from __future__ import annotations
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
-from sparse_mlp import recipes
-from sparse_mlp.cli.main import COMMANDS, main
+from sparse_mlp import jobs, recipes
+from sparse_mlp.cli import parse
+from sparse_mlp.cli.compare import CompareOptions
+from sparse_mlp.cli.eval import ModelEvalOptions
+from sparse_mlp.cli.help import EVAL, TRAIN, VERBS
+from sparse_mlp.cli.main import main
+from sparse_mlp.cli.predict import OutOptions
+from sparse_mlp.cli.train import TrainOptions
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-COMMAND_LINES = [
-    shlex.split(line, comments=True)[1:]
-    for block in re.findall(r"```console\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.startswith("sparse-mlp ")
-]
-
-
-def test_python_blocks_run() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert blocks
-    for block in blocks:
-        exec(block.replace("sparse_mlp_b16_224", "sparse_mlp_s4_32").replace("print(", "str("), {})
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-@pytest.mark.parametrize("words", COMMAND_LINES, ids=lambda words: " ".join(words[:2]))
-def test_commands_exist(words: list[str]) -> None:
-    assert words[0] in COMMANDS
-    if words[0] in ("train", "compare"):
-        names = [word for word in words[1:] if re.match(r"^\w+_\w+$", word)]
-        assert all(name in recipes.RECIPES for name in names)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
 
 
-@pytest.mark.parametrize("words", [words for words in COMMAND_LINES if words[0] in ("recipes", "models", "info")])
+def command_lines(text: str) -> list[list[str]]:
+    """The words behind `sparse-mlp` or `-m sparse_mlp`, comments and line continuations taken away."""
+    lines = re.sub(r"\s*\\\n\s*", " ", text).splitlines()
+    found = (re.match(r"\s*(?:sparse-mlp|torchrun .*-m sparse_mlp) (.*)", line) for line in lines)
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+COMMANDS = {
+    f"{page.name}: {' '.join(words)}": words
+    for page in PAGES
+    for block in blocks(page, "console")
+    for words in command_lines(block)
+} | {f"help: {' '.join(words)}": words for text in (TRAIN, EVAL) for words in command_lines(text) if "RECIPE" not in words}
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())
+def test_commands_parse(words: list[str]) -> None:
+    """The verb, the recipe or model, and the options exist."""
+    verb, (names, options) = words[0], parse.split_names(words[1:])
+    assert verb in VERBS
+    if verb == "train":
+        _, options = parse.parse_known(TrainOptions, options, prog=verb)
+        default = recipes.get(names[0]) if names else recipes.get("digits_sparse")
+        parse.parse(type(default), options, prog=verb, default=default)
+    elif verb == "compare":
+        _, options = parse.parse_known(CompareOptions, options, prog=verb)
+        for name in names:
+            if not name.startswith("runs/"):
+                recipe = recipes.get(name)
+                parse.parse(type(recipe), options, prog=verb, default=recipe)
+    elif verb == "eval":
+        kind = jobs.job_type("classify").eval_options_type if "/" in names[0] else ModelEvalOptions
+        parse.parse(kind, options, prog=verb, default=kind())
+        assert "/" in names[0] or timm.is_model(names[0])
+    elif verb == "predict":
+        assert len(names) >= 2
+        parse.parse_known(OutOptions, options, prog=verb)
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["models"], ["info", "sparse_mlp_b16_224"]])
 def test_those_that_need_no_run_succeed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in COMMANDS.values()
     assert main(words) == 0
     assert capsys.readouterr().out
 
 
-@pytest.mark.slow  # trains, fine-tunes and reports: about 30 s
-def test_those_of_a_run_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow  # trains for an epoch or a few steps: about a minute in all
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, in one namespace a page; the large models by small ones."""
     monkeypatch.chdir(tmp_path)
-    of_a_run = [words for words in COMMAND_LINES if "runs/digits_sparse" in words and words[0] != "predict"]
-    assert {words[0] for words in of_a_run} == {"train", "probe", "finetune", "export-backbone", "eval", "report"}
-    short = ["--train.epochs", "1", "--schedule.warmup-epochs", "0"]
-    assert main(["train", "digits_sparse", *short]) == 0
-    for words in of_a_run:
-        assert main([*words, *(short if words[0] == "finetune" else [])]) == 0, words
+    if page.name == "new-kind.md":
+        pytest.skip("shows the code of tests/jobs/test_toy_kind.py")
+    namespace = {"n": 2, "scaler": torch.amp.GradScaler("cpu"), "path": "missing.pth", "print": str}
+    for block in blocks(page, "python"):
+        if "pretrained=True)  # fetches" in block or "safetensors.torch" in block:
+            continue  # need a network, or a run of minutes
+        exec(block.replace("sparse_mlp_b16_224", "sparse_mlp_s4_32"), namespace)
 
 
-def test_files_named_exist() -> None:
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+@pytest.mark.slow  # trains, probes and reports: about a minute
+def test_the_readmes_commands_on_a_run_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "digits_sparse", "--train.epochs", "1"]) == 0
+    own = [words for words in command_lines("\n".join(blocks(PAGES[0], "console"))) if "runs/digits_sparse" in words]
+    assert {words[0] for words in own} == {"train", "eval", "predict", "report", "export"}
+    for words in own:
+        if words[0] != "predict":
+            assert main(words) == 0, words
+
+
+def test_the_readme_is_short_and_its_files_exist() -> None:
+    text = PAGES[0].read_text()
+    assert len(text.splitlines()) <= 150
+    assert text.index("make demo") < text.index("make test") < text.index("##")
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert (ROOT / target).exists(), target

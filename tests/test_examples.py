@@ -1,0 +1,24 @@
+"""Every example runs as a program of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.mark.slow  # a process each, two of them train: about a minute
+@pytest.mark.parametrize("program", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(program: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_examples_are_short() -> None:
+    assert len(EXAMPLES) == 4
+    assert all(len(path.read_text().splitlines()) <= 60 for path in EXAMPLES)
