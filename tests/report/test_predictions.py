@@ -28,7 +28,7 @@ def lines(path: Path) -> list[list[str]]:
 
 def test_csv_with_file_names(tmp_path: Path) -> None:
     files = np.array(['a, "b".png', "[red]x.png", "c\udcff.png"])
-    path = write_predictions_csv(tmp_path / "p.csv", arrays(file=files), ["[cat]", "dog, <b>", "fox"])
+    path = write_predictions_csv(tmp_path / "p.csv", arrays(files=files), ["[cat]", "dog, <b>", "fox"])
     assert lines(path) == [
         ["file", "target", "predicted", "probability", "correct"],
         ['a, "b".png', "[cat]", "[cat]", "0.500000", "true"],

@@ -161,9 +161,14 @@ def _section(kind: type[Any], run: RunFolder, name: str) -> Any:
 
 
 def load_trained(run: RunFolder, checkpoint: Path | None = None, spec: InputSpec | None = None) -> nn.Module:
-    """The model of a run in evaluation mode, with its newest weights or those of `checkpoint`."""
+    """The model of a run in evaluation mode, with its newest weights or those of `checkpoint`.
+
+    That of a pre-training has no classifier.
+    """
     config = replace(load_model_config(run), pretrained=False, weights=None)
     model = build_model(config, spec or load_inputs(run))
+    if run.config().get("kind") == "pretrain":
+        model.reset_classifier(0)  # type: ignore[operator]
     load_weights(model, checkpoint or run.path)
     return model.eval()
 

@@ -280,7 +280,7 @@ def _read_predictions(path: Path, notes: list[str], config: dict[str, Any]) -> P
     if not path.is_file():
         notes.append("There is no final evaluation yet (predictions.npz), so nothing is shown per class.")
         return None
-    found = read_predictions(path, classes=config.get("kind") in _CLASSIFIERS)
+    found = read_predictions(path, classes=config.get("kind", "classify") in _CLASSIFIERS)
     if found is None:
         return None
     labelled = found.labelled()
