@@ -68,7 +68,7 @@ def _evaluate_model(target: str, options: list[str]) -> dict[str, float]:
     if not given.data.name:
         raise UserError(f"which images? a MODEL needs --data.name, one of {', '.join(SETS)} or a name of timm's")
     if given.pretrained == (given.checkpoint is not None):
-        raise UserError(f"which weights? give either --checkpoint FILE or --pretrained True for model {target}")
+        raise UserError(f"which weights? give either --checkpoint FILE or --pretrained for model {target}")
     images = _as_published(target, given.data)
     config = ModelConfig(target, given.model_args, given.pretrained)
     with distributed.join(given.device) as device:

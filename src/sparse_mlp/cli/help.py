@@ -53,7 +53,7 @@ options used most (every field of the recipe is one; `sparse-mlp train RECIPE --
   --model.name MODEL            another model (sparse-mlp models)
   --model.args NAME=VALUE ...   its arguments: num_experts=(8,8) top_k=(1,1) drop_path_rate=0.1
   --model.weights RUN|FILE      start from these weights
-  --model.pretrained True       start from the weights that timm publishes
+  --model.pretrained            start from the weights that timm publishes
   --train.epochs N              length; or --train.steps N, or --train.minutes N
   --train.seed N                of everything random
   --train.amp bf16              mixed precision
@@ -66,19 +66,19 @@ Ctrl-C saves; --resume goes on exactly where the run was.
 """
 
 EVAL = """usage: sparse-mlp eval RUN [options]
-       sparse-mlp eval MODEL (--checkpoint FILE | --pretrained True) --data.name SET [options]
+       sparse-mlp eval MODEL (--checkpoint FILE | --pretrained) --data.name SET [options]
 
 The metric of a run's kind, with its newest weights, on its own test data split as they were when it was trained. A
 classifier can be measured on other images: their classes are matched by name.
 
   sparse-mlp eval runs/digits_sparse
-  sparse-mlp eval mixer_b16_224 --pretrained True --data.name folder --data.root imagenet/
+  sparse-mlp eval mixer_b16_224 --pretrained --data.name folder --data.root imagenet/
 
 options used most (`--help-all` has them all):
   --checkpoint FILE         other weights: a file (.safetensors, .pth, a published Mixer .npz) or a run folder
   --data.name, --data.root  other images
   --device cpu|cuda         left out: a GPU where there is one
-  --trust-data True         open data that the run names even if that can execute or fetch something
+  --trust-data              open data that the run names even if that can execute or fetch something
 """
 
 COMPARE = """usage: sparse-mlp compare RECIPE|RUN RECIPE|RUN ... [options]

@@ -128,7 +128,7 @@ def _begin(recipe: R, given: R) -> R:
         if model.name == NOT_GIVEN or not model.pretrained:
             raise UserError(
                 f"{recipe.name} begins with weights: --model.weights RUN_OR_FILE, or --model.name NAME "
-                "--model.pretrained True for those that timm publishes"
+                "--model.pretrained for those that timm publishes"
             )
         return _on_images(replace(recipe, model=replace(recipe.model, name=model.name, pretrained=True)), given, None)
     path = Path(source)
