@@ -125,15 +125,10 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise _damaged(path, f"state cannot be read ({_reason(error)})") from None
     stored = {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = {
-        "missing": sorted(expected.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - expected.keys()),
-        "of another shape": sorted(name for name in expected.keys() & stored.keys() if expected[name] != stored[name]),
-    }
-    if any(problems.values()):
-        matched = len(expected.keys() & stored.keys()) - len(problems["of another shape"])
-        listed = "; ".join(f"{kind}: {_abbreviated(names)}" for kind, names in problems.items() if names)
-        raise CheckpointError(f"{path} does not fit this model and optimiser: {matched} tensors match; {listed}")
+    try:
+        check_fit(stored, expected, f"{path} does not fit this model and optimiser")
+    except CheckpointMismatch as error:
+        raise CheckpointError(str(error)) from None
     try:
         _in_any_process_count(dcp.load, tensors, storage_reader=reader)
     except (Exception, CheckpointException) as error:
