@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from sparse_mlp.distributed import is_main, on_main
 from sparse_mlp.engine.errors import CheckpointError
 from sparse_mlp.errors import UserError
+from sparse_mlp.weights import CheckpointMismatch, check_fit
 
 _NAME = re.compile(r"step_(\d{8,})")
 _FORMAT = 2
@@ -224,11 +225,6 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     before = [other for other in list_checkpoints(path.parent) if checkpoint_step(other) < checkpoint_step(path)]
     advice = f"; remove that folder to go on from {before[-1].name}" if before else "; there is no earlier one"
     return CheckpointError(f"checkpoint {path} is damaged: {what}{advice}")
-
-
-def _abbreviated(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def split_tensors(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
