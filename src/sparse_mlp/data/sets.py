@@ -176,7 +176,7 @@ def _with_classes(built: ImageData, augment: AugmentConfig, classes: Sequence[st
 
 
 def _labelled_share(train: Any, data: DataConfig, classes: Sequence[str]) -> ArrayImages | FileImages:
-    """A class-balanced part of a training set. ValueError for a share out of range or one that empties a class."""
+    """A class-balanced part of a training set. UserError for a share out of range or one that empties a class."""
     assert data.label_share is not None
     if not 0 < data.label_share <= 1:
         raise UserError(f"data.label_share {data.label_share} is not in (0, 1]")
@@ -195,7 +195,7 @@ def _labelled_share(train: Any, data: DataConfig, classes: Sequence[str]) -> Arr
 
 
 def _check_used(data: DataConfig) -> None:
-    """ValueError for an option that the named set would ignore."""
+    """UserError for an option that the named set would ignore."""
     kind = data.name.lower().split("/")[0] + "/" if "/" in data.name else data.name
     timm_kinds = tuple(TIMM_PREFIXES)
     users = {

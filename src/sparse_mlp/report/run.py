@@ -141,7 +141,7 @@ def read_run(run_dir: Path | str) -> Run:
     """Read the run folder `run_dir`.
 
     A last line of metrics.jsonl that an interruption cut short is left out and noted; anything else that does not parse
-    is a ValueError naming file and line. FileNotFoundError if the folder or its config.json is missing.
+    is a UserError naming file and line. FileNotFoundError if the folder or its config.json is missing.
     """
     path = Path(run_dir)
     if not path.is_dir():

@@ -30,7 +30,7 @@ class ClassifyConfig:
     """Share of every target that is spread evenly over the classes."""
 
     frozen: bool = False
-    """Train the classifier alone, on a backbone that stays as it is and in evaluation mode: a linear probe."""
+    """Train only the classifier; the backbone is frozen and in evaluation mode: a linear probe."""
 
 
 class Classify(Task):
@@ -48,7 +48,7 @@ class Classify(Task):
         *,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        """ValueError if the model's classes are not as many as `class_names`, for one class, or for an unknown loss."""
+        """UserError if the model's classes are not as many as `class_names`, for one class, or for an unknown loss."""
         super().__init__()
         config = config or ClassifyConfig()
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
@@ -76,10 +76,10 @@ class Classify(Task):
 
     def param_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
         names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()  # type: ignore[operator]
-        spared = {*names, "*.bias"}  # stacked experts have biases of two dimensions
+        no_decay = {*names, "*.bias"}  # stacked experts have biases of two dimensions
         if layer_decay is None:
-            return param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=spared)
-        return param_groups_layer_decay(self.model, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)
+            return param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=no_decay)
+        return param_groups_layer_decay(self.model, weight_decay, no_decay, layer_decay=layer_decay)
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Batch], device: torch.device) -> Evaluation:
