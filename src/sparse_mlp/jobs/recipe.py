@@ -14,12 +14,12 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import pydantic
 import tyro
 
+from sparse_mlp.engine import LENGTHS
 from sparse_mlp.errors import UserError
 
 R = TypeVar("R", bound="Recipe")
 T = TypeVar("T")
 
-LENGTHS = ("epochs", "steps", "minutes")
 _LEARNING_RATES = (("optim", "lr"), ("schedule", "warmup_lr"), ("schedule", "min_lr"))
 
 

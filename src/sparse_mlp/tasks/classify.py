@@ -6,17 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from timm.loss import BinaryCrossEntropy
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_mlp.distributed import broadcast, gather
+from sparse_mlp.distributed import broadcast
 from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
-from sparse_mlp.tasks.metrics import top_accuracies
+from sparse_mlp.tasks.metrics import gather_columns, sorted_by_index, top_accuracies
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,13 @@ class Classify(Task):
             rows = [(batch["index"], batch["target"], self._logits(batch["image"].to(device))) for batch in loader]
         finally:
             self.train(training)
-        columns = [torch.cat(column).numpy() for column in zip(*rows, strict=True)]
-        ranks = gather(columns)
-        if ranks is None:
+        columns = gather_columns(rows)
+        if columns is None:
             return Evaluation(broadcast(dict[str, float]()))
-        found = [columns for columns in ranks if columns]
-        if not found:
+        if not columns:
             raise UserError("there are no images to evaluate on")
-        index, target, logits = _once(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        order = sorted_by_index(columns[0])
+        index, target, logits = (column[order] for column in columns)
         metrics = self._metrics(torch.from_numpy(target), torch.from_numpy(logits))
         return Evaluation(broadcast(metrics), {"index": index, "target": target, "logits": logits})
 
@@ -116,13 +114,6 @@ class Classify(Task):
         if target.ndim == 1:
             target = F.one_hot(target, self.num_classes).float()
         return target * (1 - self.smoothing) + self.smoothing / self.num_classes
-
-
-def _once(index: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Rows in the order of their index, each index once; rows of streams, which have index -1, all stay."""
-    first = np.unique(index, return_index=True)[1]
-    rows = np.concatenate([first[index[first] >= 0], np.flatnonzero(index < 0)])
-    return index[rows], *(column[rows] for column in columns)
 
 
 def _criterion(loss: str) -> nn.Module:

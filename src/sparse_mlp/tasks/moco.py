@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_mlp.distributed import all_gather, broadcast, gather, rank, sync_batch_norm, world_size
+from sparse_mlp.distributed import all_gather, broadcast, rank, sync_batch_norm, world_size
 from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.features import evaluating, pooled_features
 from sparse_mlp.tasks.knn import weighted_knn
-from sparse_mlp.tasks.metrics import top_accuracies
+from sparse_mlp.tasks.metrics import gather_columns, sorted_by_index, top_accuracies
 
 __all__ = ["Moco", "MocoConfig", "contrast", "feature_rank", "feature_std", "momentum_at"]
 
@@ -180,14 +180,13 @@ class Moco(Task):
             for batch in loader:
                 features = pooled_features(self.encoder, batch["image"].to(device)).float().cpu()
                 rows.append((batch["bank"], batch["index"], batch["target"], features))
-        ranks = gather([torch.cat(column).numpy() for column in zip(*rows, strict=True)])
-        if ranks is None:
+        columns = gather_columns(rows)
+        if columns is None:
             return Evaluation(broadcast(dict[str, float]()))
-        found = [columns for columns in ranks if columns]
-        columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True)]
-        if not found or columns[0].all():
+        if not columns or columns[0].all():
             raise UserError("there are no images to evaluate on")
-        bank, test = (_rows(columns, columns[0] == kind) for kind in (True, False))
+        in_bank, *rest = columns
+        bank, test = (_select(rest, in_bank == kind) for kind in (True, False))
         index, target, features = test
         metrics = {"feature_std": float(feature_std(features)), "feature_rank": feature_rank(features)}
         predictions = {"index": index.numpy(), "target": target.numpy()}
@@ -264,10 +263,8 @@ def _freeze_patch_embed(model: nn.Module, needed: bool) -> None:
         )
 
 
-def _rows(columns: list[Tensor], chosen: Tensor) -> list[Tensor]:
-    """Index, target and features of the chosen rows in the order of their index, each once (a stream's -1 all)."""
-    _, *rest = (column[chosen] for column in columns)
-    index = rest[0].numpy()
-    first = np.unique(index, return_index=True)[1]
-    order = torch.from_numpy(np.concatenate([first[index[first] >= 0], np.flatnonzero(index < 0)]))
-    return [column[order] for column in rest]
+def _select(columns: list[np.ndarray], chosen: np.ndarray) -> list[Tensor]:
+    """The chosen rows of index, target and features, sorted by index."""
+    selected = [column[chosen] for column in columns]
+    order = sorted_by_index(selected[0])
+    return [torch.from_numpy(column[order]) for column in selected]

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from sparse_mlp.engine import Batch, Evaluation
 from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.classify import Classify, ClassifyConfig
-from sparse_mlp.tasks.features import extract_features, pooled_features
-from sparse_mlp.tasks.knn import weighted_knn
-from sparse_mlp.tasks.metrics import top_accuracies
+from sparse_mlp.tasks.features import pooled_features
 
 _INIT_STD = 0.01  # of the classifier's weights, as MoCo v3 has it
 
@@ -67,26 +65,6 @@ class Probe(Classify):
         now = backbone_digest(self.model, self.head_names)
         assert now == int(self.digest), "the backbone of a probe has changed"
         return super().evaluate(loader, device)
-
-
-def knn_accuracy(
-    backbone: nn.Module,
-    train: Iterable[Batch],
-    test: Iterable[Batch],
-    num_classes: int,
-    device: torch.device,
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> dict[str, float]:
-    """`top1`, `top5` and `images` of the weighted k-nearest-neighbour classifier on a backbone's features.
-
-    Both loaders should give images as they are evaluated: without augmentation. ValueError as in `weighted_knn`.
-    """
-    features, labels, _ = extract_features(backbone, train, device)
-    asked, target, _ = extract_features(backbone, test, device)
-    votes = weighted_knn(features, labels, asked, num_classes, k, temperature)
-    return {**top_accuracies(votes, target), "images": len(target)}
 
 
 def backbone_digest(model: nn.Module, excluded: Iterable[str]) -> int:
