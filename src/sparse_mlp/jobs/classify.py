@@ -38,7 +38,7 @@ from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
 
 _log = logging.getLogger(__name__)
 
-_BATCH = 64  # images that are predicted at a time
+_BATCH_SIZE = 64  # of predictions
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         own = options.data.name == recipe.data.name and options.data.root == recipe.data.root
         images = options.data
         if not own and images.name == "folder" and images.test_share is None:
-            images = replace(images, test_share=1.0)  # nothing of a folder that was not trained on is kept back
+            images = replace(images, test_share=1.0)  # the run was not trained on this folder: evaluate on all of it
         context = Context(run if own else None, trusted=options.trust_data or not own)
         data = open_images(images, AugmentConfig(), context, classes=spec.classes)
         model = load_trained(run, options.checkpoint, replace(data.spec, classes=spec.classes))
@@ -137,7 +137,10 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
 
         def classify(images: torch.Tensor) -> list[Row]:
             best = model(images).float().softmax(1).topk(top)
-            return [_best(*row, spec.classes) for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+            return [
+                _top_classes(*row, spec.classes)
+                for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
 
         return predict_pictures(files, spec, classify)
 
@@ -172,10 +175,10 @@ def with_file_names(predictions: dict[str, np.ndarray], data: ImageData) -> dict
     return {**predictions, "files": np.array(names)} if names else predictions
 
 
-def _best(shares: Sequence[float], indices: Sequence[int], classes: Sequence[str]) -> Row:
+def _top_classes(probabilities: Sequence[float], indices: Sequence[int], classes: Sequence[str]) -> Row:
     row: Row = {}
-    for rank, (share, index) in enumerate(zip(shares, indices, strict=True), 1):
-        row |= {f"class_{rank}": classes[index], f"probability_{rank}": round(share, 6)}
+    for rank, (probability, index) in enumerate(zip(probabilities, indices, strict=True), 1):
+        row |= {f"class_{rank}": classes[index], f"probability_{rank}": round(probability, 6)}
     return row
 
 
@@ -186,11 +189,11 @@ def predict_pictures(
 
     FileNotFoundError if there are no images, BadImageError if none can be read.
     """
-    found = find_images(files)
-    rows: list[Row] = [{"file": display_name(file)} for file in found]
-    for start in range(0, len(found), _BATCH):
+    paths = find_images(files)
+    rows: list[Row] = [{"file": display_name(file)} for file in paths]
+    for start in range(0, len(paths), _BATCH_SIZE):
         images = {}
-        for number, file in enumerate(found[start : start + _BATCH], start):
+        for number, file in enumerate(paths[start : start + _BATCH_SIZE], start):
             try:
                 images[number] = spec.transform(read_image(file, spec.channels))
             except BadImageError as error:
