@@ -32,7 +32,7 @@ from sparse_mlp.jobs.images import ImageJob, file_names, load_inputs, load_train
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
-from sparse_mlp.report import write_predictions_csv, write_report
+from sparse_mlp.report import write_classification_report, write_predictions_csv
 from sparse_mlp.report.cost import count_macs
 from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
 
@@ -148,15 +148,15 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
     def report(cls, run: RunFolder, context: Context | None = None) -> Path:
         """The page of a run; its images and their routing are drawn where they can be opened and are no stream."""
         if not run.has_checkpoint():
-            return write_report(run.path)
+            return write_classification_report(run.path)
         spec, model = load_inputs(run), load_trained(run)
         macs = count_macs(model, spec.channels, spec.image_size)[""]
         try:
             data = open_images(cls.stored(run).data, AugmentConfig(), context or Context(run), classes=spec.classes)
         except (UserError, OSError) as error:
             _log.warning("the report of %s shows no images: %s", run.path, error)
-            return write_report(run.path, macs=macs)
-        return write_report(run.path, model, samples(run, data), macs=macs)
+            return write_classification_report(run.path, macs=macs)
+        return write_classification_report(run.path, model, samples(run, data), macs=macs)
 
 
 def evaluate_model(

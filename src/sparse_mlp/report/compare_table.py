@@ -12,7 +12,7 @@ from typing import Any
 from sparse_mlp.report.analysis import balance
 from sparse_mlp.report.compare_curves import Group
 from sparse_mlp.report.page import NONE, TIMES, count, duration
-from sparse_mlp.report.run import Run
+from sparse_mlp.report.run import RunData
 
 # What may differ between the runs of one group: the seed, and where and how often something is written or computed.
 _FREE = ("seed", "device", "threads", "log_every", "eval_every", "save_every", "keep_checkpoints")
@@ -20,9 +20,9 @@ _FREE = ("seed", "device", "threads", "log_every", "eval_every", "save_every", "
 _NUMBERS = ("top1", "steps", "parameters", "multiply_adds", "items_per_s", "seconds", "busiest_expert", "idle_experts")
 
 
-def group_runs(runs: Sequence[Run], macs: Sequence[int | None]) -> list[Group]:
+def group_runs(runs: Sequence[RunData], macs: Sequence[int | None]) -> list[Group]:
     """Return the runs by recipe, in the order given: runs whose configurations differ in nothing but the seed."""
-    found: list[tuple[dict[str, Any], list[Run], list[int | None]]] = []
+    found: list[tuple[dict[str, Any], list[RunData], list[int | None]]] = []
     for run, cost in zip(runs, macs, strict=True):
         recipe = _recipe(run)
         same = next((entry for entry in found if entry[0] == recipe), None)
@@ -38,7 +38,7 @@ def group_runs(runs: Sequence[Run], macs: Sequence[int | None]) -> list[Group]:
     ]
 
 
-def _recipe(run: Run) -> dict[str, Any]:
+def _recipe(run: RunData) -> dict[str, Any]:
     """Return the configuration without what does not make another recipe."""
     config = deepcopy(run.config)
     for part in [config, config.get("train")]:
@@ -48,7 +48,7 @@ def _recipe(run: Run) -> dict[str, Any]:
     return config
 
 
-def _distinct(title: str, titles: Sequence[str], runs: Sequence[Run]) -> str:
+def _distinct(title: str, titles: Sequence[str], runs: Sequence[RunData]) -> str:
     """Return a title that no other group has: with the parent's folder where two are alike."""
     if title and titles.count(title) == 1:
         return title
@@ -56,7 +56,7 @@ def _distinct(title: str, titles: Sequence[str], runs: Sequence[Run]) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def numbers(run: Run, macs: int | None) -> dict[str, float | None]:
+def numbers(run: RunData, macs: int | None) -> dict[str, float | None]:
     """Return what the table says of one run, None where it was not measured."""
     loads = [balance(routing.final_load()) for routing in run.routing.values()]
     return {
@@ -140,7 +140,7 @@ def write_csv(groups: Sequence[Group], path: Path) -> None:
                 writer.writerow([group.name, run.path, run.model_name, *cells])
 
 
-def _seed(run: Run) -> int | None:
+def _seed(run: RunData) -> int | None:
     train = run.config.get("train")
     return train.get("seed") if isinstance(train, dict) else None
 

@@ -22,7 +22,7 @@ from sparse_mlp.report.page import Drawing, Figures, Picture, Swatch, image
 from sparse_mlp.report.pictures import channels_figure, full_scale, overlays, patches_figure, patterns_figure
 from sparse_mlp.report.predictions import Floats, Ints
 from sparse_mlp.report.routing import ChannelRouting, MeasuredLoad, Traced, trace
-from sparse_mlp.report.run import Routing, Run
+from sparse_mlp.report.run import Routing, RunData
 from sparse_mlp.report.samples import Pixels, Samples, example_rows, picture
 from sparse_mlp.report.style import expert_colours
 
@@ -53,7 +53,7 @@ class LoadSection:
     layers: list[LayerLoad] = field(default_factory=list)
 
 
-def load_section(run: Run, figures: Figures) -> LoadSection | None:
+def load_section(run: RunData, figures: Figures) -> LoadSection | None:
     """Return the load of every MoE layer over the training; None where none was measured."""
     layers = run.routing
     if not layers:
@@ -163,7 +163,7 @@ class Examples:
         return [self.names[target] for target in self.targets]
 
 
-def trace_examples(run: Run, model: nn.Module, samples: Samples, names: Sequence[str], seed: int) -> Examples:
+def trace_examples(run: RunData, model: nn.Module, samples: Samples, names: Sequence[str], seed: int) -> Examples:
     """Run the model on one image per class: those of `wanted_images`, or any without predictions."""
     targets, where = samples.targets.cpu().numpy(), samples.where()
     rows = example_rows(targets, seed)

@@ -10,10 +10,10 @@ from typing import Any
 from sparse_mlp.report.analysis import balance
 from sparse_mlp.report.page import TIMES, Head, Tile, count, duration
 from sparse_mlp.report.predictions import Floats
-from sparse_mlp.report.run import Run
+from sparse_mlp.report.run import RunData
 
 
-def run_head(run: Run, tiles: Sequence[Tile], *, kind: str = "Run report", title: str | None = None) -> Head:
+def run_head(run: RunData, tiles: Sequence[Tile], *, kind: str = "Run report", title: str | None = None) -> Head:
     """Return the top of a run's page; `title` is the model's name if it is not given."""
     recipe = run.config.get("name") or run.config.get("recipe")
     parts = (recipe, run.name if run.name != recipe else None, _status(run))
@@ -27,7 +27,7 @@ def run_head(run: Run, tiles: Sequence[Tile], *, kind: str = "Run report", title
     )
 
 
-def accuracy_tile(run: Run) -> list[Tile]:
+def accuracy_tile(run: RunData) -> list[Tile]:
     """Return the top-1 accuracy, where it was measured."""
     if run.top1 is None:
         return []
@@ -37,7 +37,7 @@ def accuracy_tile(run: Run) -> list[Tile]:
     return [Tile("kNN top-1 accuracy" if run.pretraining else "Top-1 accuracy", f"{100 * run.top1:.2f} %", number)]
 
 
-def cost_tiles(run: Run, macs: int | None = None) -> list[Tile]:
+def cost_tiles(run: RunData, macs: int | None = None) -> list[Tile]:
     """Return what the model and its training cost, each where it is known."""
     tiles = []
     if run.parameters is not None:
@@ -62,7 +62,7 @@ def balance_tile(loads: Mapping[str, Floats], where: str = "") -> list[Tile]:
     return [Tile("Busiest expert", number, f"its fair share; {idle}{where}")]
 
 
-def _status(run: Run) -> str:
+def _status(run: RunData) -> str:
     whats = [event.get("what") for event in run.events]
     resumed = whats.count("resumed")
     state = "finished" if "finished" in whats else "stopped" if whats[-1:] == ["stopped"] else "not finished"
@@ -70,7 +70,7 @@ def _status(run: Run) -> str:
     return f"{state} at step {run.last_step:,}{again}"
 
 
-def facts(run: Run) -> list[tuple[str, str, bool]]:
+def facts(run: RunData) -> list[tuple[str, str, bool]]:
     """Return command, commit, date, hardware and versions as (term, value, whether it is code), where known."""
     environment = run.environment
     commit = environment.get("git_commit")
@@ -86,7 +86,7 @@ def facts(run: Run) -> list[tuple[str, str, bool]]:
     return [entry for entry in entries if entry[1]]
 
 
-def shared_facts(runs: Sequence[Run]) -> list[tuple[str, str, bool]]:
+def shared_facts(runs: Sequence[RunData]) -> list[tuple[str, str, bool]]:
     """Return the facts of several runs; one in which they differ has all their values."""
     found: dict[str, tuple[list[str], bool]] = {}
     for run in runs:
