@@ -22,19 +22,19 @@ _NUMBERS = ("top1", "steps", "parameters", "multiply_adds", "items_per_s", "seco
 
 def group_runs(runs: Sequence[RunData], macs: Sequence[int | None]) -> list[Group]:
     """Return the runs by recipe, in the order given: runs whose configurations differ in nothing but the seed."""
-    found: list[tuple[dict[str, Any], list[RunData], list[int | None]]] = []
+    grouped: list[tuple[dict[str, Any], list[RunData], list[int | None]]] = []
     for run, cost in zip(runs, macs, strict=True):
         recipe = _recipe(run)
-        same = next((entry for entry in found if entry[0] == recipe), None)
+        same = next((entry for entry in grouped if entry[0] == recipe), None)
         if same is None:
-            found.append((recipe, [run], [cost]))
+            grouped.append((recipe, [run], [cost]))
         else:
             same[1].append(run)
             same[2].append(cost)
-    titles = [str(recipe.get("name") or "") if len(own) > 1 else own[0].name for recipe, own, _ in found]
+    titles = [str(recipe.get("name") or "") if len(own) > 1 else own[0].name for recipe, own, _ in grouped]
     return [
         Group(_distinct(title, titles, own), own, next((cost for cost in costs if cost is not None), None))
-        for title, (_, own, costs) in zip(titles, found, strict=True)
+        for title, (_, own, costs) in zip(titles, grouped, strict=True)
     ]
 
 
@@ -115,7 +115,7 @@ def spread(accuracies: Sequence[float]) -> str:
 
 def summary(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return what comparison.json holds: of each group every number's `mean` and `std` (n - 1), and its runs."""
-    found = []
+    entries = []
     for group in groups:
         own = [numbers(run, group.macs) for run in group.runs]
         runs = [{"path": str(run.path), "seed": _seed(run), **n} for run, n in zip(group.runs, own, strict=True)]
@@ -124,8 +124,8 @@ def summary(groups: Sequence[Group]) -> list[dict[str, Any]]:
             values = [float(value) for n in own if (value := n[key]) is not None]
             if values:
                 entry[key] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def write_csv(groups: Sequence[Group], path: Path) -> None:

@@ -93,8 +93,8 @@ def measured_section(loads: Mapping[str, MeasuredLoad], images: int, figures: Fi
         f"The layers with experts did not train, so nothing was measured in training. This is what their routers do "
         f"with {images:,} of the test images; an expert under 5 % of its fair share counts as idle."
     )
-    table = [[*_table_row(name, found.load), _share(found.dropped)] for name, found in loads.items()]
-    shown = {name: found.load for name, found in loads.items()}
+    table = [[*_table_row(name, measured.load), _share(measured.dropped)] for name, measured in loads.items()]
+    shown = {name: measured.load for name, measured in loads.items()}
     drawn = figures.add(
         layers_figure(shown, "on test images"),
         "load_layers",
@@ -105,10 +105,10 @@ def measured_section(loads: Mapping[str, MeasuredLoad], images: int, figures: Fi
 
 
 def _table_row(name: str, load: Floats) -> list[str]:
-    found = balance(load)
-    idle = ", ".join(map(str, found.dead)) or "none"
+    stats = balance(load)
+    idle = ", ".join(map(str, stats.dead)) or "none"
     kind = _KINDS.get(name.rpartition(".")[2], "").partition(":")[0]
-    return [name, kind, str(len(load)), f"{found.busiest:.2f}", f"{found.quietest:.2f}", idle]
+    return [name, kind, str(len(load)), f"{stats.busiest:.2f}", f"{stats.quietest:.2f}", idle]
 
 
 def _mean(values: Floats) -> float | None:

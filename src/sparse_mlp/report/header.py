@@ -55,10 +55,10 @@ def balance_tile(loads: Mapping[str, Floats], where: str = "") -> list[Tile]:
     """Return how evenly the experts are used, from the load (E,) of each layer; nothing where none was measured."""
     if not loads:
         return []
-    found = [balance(load) for load in loads.values()]
-    dead = sum(len(layer.dead) for layer in found)
+    balances = [balance(load) for load in loads.values()]
+    dead = sum(len(layer.dead) for layer in balances)
     idle = "no idle expert" if not dead else f"{dead} idle expert{'s' if dead > 1 else ''}"
-    number = f"{max(layer.busiest for layer in found):.2f} {TIMES}"
+    number = f"{max(layer.busiest for layer in balances):.2f} {TIMES}"
     return [Tile("Busiest expert", number, f"its fair share; {idle}{where}")]
 
 
@@ -88,13 +88,13 @@ def facts(run: RunData) -> list[tuple[str, str, bool]]:
 
 def shared_facts(runs: Sequence[RunData]) -> list[tuple[str, str, bool]]:
     """Return the facts of several runs; one in which they differ has all their values."""
-    found: dict[str, tuple[list[str], bool]] = {}
+    merged: dict[str, tuple[list[str], bool]] = {}
     for run in runs:
         for term, value, code in facts(run):
-            values = found.setdefault(term, ([], code))[0]
+            values = merged.setdefault(term, ([], code))[0]
             if value not in values:
                 values.append(value)
-    return [(term, "; ".join(values), code) for term, (values, code) in found.items()]
+    return [(term, "; ".join(values), code) for term, (values, code) in merged.items()]
 
 
 def _command(words: Any) -> str:
@@ -106,12 +106,12 @@ def _command(words: Any) -> str:
     return f"{start} {shlex.join(map(str, words[1:]))}".strip()
 
 
-def _hardware(found: Any) -> str:
-    if not isinstance(found, dict):
-        return str(found or "")
-    parts = [str(found.get("cpu") or found.get("machine") or "")]
-    counts = {name: found.get(f"{name}s") for name in ("core", "thread")}
+def _hardware(hardware: Any) -> str:
+    if not isinstance(hardware, dict):
+        return str(hardware or "")
+    parts = [str(hardware.get("cpu") or hardware.get("machine") or "")]
+    counts = {name: hardware.get(f"{name}s") for name in ("core", "thread")}
     parts += [f"{number} {name}" + ("s" if number != 1 else "") for name, number in counts.items() if number]
-    if found.get("memory_gib"):
-        parts.append(f"{found['memory_gib']:g} GiB")
-    return ", ".join(part for part in [*parts, *map(str, found.get("gpus") or [])] if part)
+    if hardware.get("memory_gib"):
+        parts.append(f"{hardware['memory_gib']:g} GiB")
+    return ", ".join(part for part in [*parts, *map(str, hardware.get("gpus") or [])] if part)

@@ -60,12 +60,12 @@ def write_plain_report(run_dir: Path | str) -> Path:
 
 def last_evaluation(run: RunData) -> dict[str, float]:
     """Return the last value of everything that evaluations measured, rounded to six digits."""
-    found = {}
+    values_by_name = {}
     for key, values in run.evals.values.items():
         known = values[np.isfinite(values)]
         if len(known):
-            found[key] = float(f"{known[-1]:.6g}")
-    return found
+            values_by_name[key] = float(f"{known[-1]:.6g}")
+    return values_by_name
 
 
 def _curves(run: RunData) -> dict[str, Figure]:
