@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from sparse_mlp.report import Run
+from sparse_mlp.report import RunData
 
 _TERA = 1e12
 _COLUMNS = (
@@ -35,7 +35,7 @@ class Arm:
     macs: int
     """Multiply-adds of an image."""
     parameters: int
-    runs: list[Run]
+    runs: list[RunData]
     accuracies: list[float] = field(default_factory=list)
     """Of each run, as a share of 1."""
     passes: float = 3.0
@@ -49,7 +49,7 @@ class Arm:
         return self.before + float(training_cost(self, self.runs[0], self.runs[0].last_step))
 
 
-def training_cost(arm: Arm, run: Run, steps: Any) -> Any:
+def training_cost(arm: Arm, run: RunData, steps: Any) -> Any:
     """Multiply-adds of training up to each of some steps."""
     return steps * (arm.passes * arm.macs * run.config["data"]["batch_size"])
 
@@ -105,13 +105,13 @@ def difference(arm: Arm, first: Arm) -> str:
     return f"{mean(found):+.2f}{deviation}"
 
 
-def busiest_loads(runs: Sequence[Run]) -> list[float]:
+def busiest_loads(runs: Sequence[RunData]) -> list[float]:
     """For each run with measured routing, the largest load of any expert of any layer over its fair share."""
     loads = [[layer.final_load() for layer in run.routing.values()] for run in runs if run.routing]
     return [max(float(load.max()) * len(load) for load in layers) for layers in loads]
 
 
-def busiest(runs: Sequence[Run]) -> str:
+def busiest(runs: Sequence[RunData]) -> str:
     """The mean over the runs of the busiest expert's load over its share."""
     found = [load for load in busiest_loads(runs) if load > 0]
     return f"{mean(found):.2f} x" if found else "-"

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from sparse_mlp.report import Samples, write_report
+from sparse_mlp.report import Samples, write_classification_report
 
 MakeRun = Callable[..., Path]
 
@@ -131,5 +131,5 @@ def model() -> nn.Module:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with everything, its report written; not to be changed."""
     run = write_run(tmp_path_factory.mktemp("whole") / "run")
-    write_report(run, small_model(), random_samples(run), macs=16_000_000)
+    write_classification_report(run, small_model(), random_samples(run), macs=16_000_000)
     return run

@@ -13,7 +13,7 @@ from tests.report.pages import Page
 from torch import nn
 
 from sparse_mlp.moe import telemetry
-from sparse_mlp.report import Samples, read_run, write_report
+from sparse_mlp.report import Samples, read_run, write_classification_report
 from sparse_mlp.report.loads import layers_figure, loads_over_time_figure, router_figure
 from sparse_mlp.report.routing import measure_load
 
@@ -36,7 +36,7 @@ def test_a_frozen_backbone_is_measured_on_test_images(
     run = make_run()
     freeze(run)
     samples = make_samples(run, number=20)
-    page = Page(write_report(run, model, samples))
+    page = Page(write_classification_report(run, model, samples))
     loads = measure_load(model, samples.images)
     busiest = max(float(found.load.max()) * len(found.load) for found in loads.values())
     assert f"{busiest:.2f}" in page.text and "Busiest expert 0.00" not in page.text
@@ -47,7 +47,7 @@ def test_a_frozen_backbone_is_measured_on_test_images(
 def test_without_a_model_a_frozen_backbone_has_no_load(make_run: MakeRun) -> None:
     run = make_run()
     freeze(run)
-    page = Page(write_report(run))
+    page = Page(write_classification_report(run))
     assert "load" not in page.sections() and "expert" not in page.text.lower() and "Busiest" not in page.text
     assert not list((run / "figures").glob("*balance*"))
 
@@ -72,7 +72,7 @@ def test_measured_loads_are_those_of_one_forward() -> None:
 
 def test_eight_layers_share_one_map_and_a_table(make_run: MakeRun) -> None:
     run = make_run(layers=LAYERS)
-    page = Page(write_report(run))
+    page = Page(write_classification_report(run))
     drawn = {path.stem for path in (run / "figures").glob("*.png")}
     assert {"load_layers", "load_over_time"} <= drawn
     assert not [name for name in drawn if "blocks" in name]

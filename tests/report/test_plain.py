@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.report.pages import Page
 
-from sparse_mlp.report import write_comparison, write_plain_report, write_report
+from sparse_mlp.report import write_classification_report, write_comparison, write_plain_report
 from sparse_mlp.report.nodes import write_node_report
 from sparse_mlp.report.pretraining import write_pretraining_report
 
@@ -50,7 +50,9 @@ def write_nodes(run: Path) -> Path:
         return write_node_report(run, "mine", 5, 4, found["logits"], dict(found))
 
 
-@pytest.mark.parametrize("write", [write_report, write_pretraining_report, write_plain_report, write_nodes])
+@pytest.mark.parametrize(
+    "write", [write_classification_report, write_pretraining_report, write_plain_report, write_nodes]
+)
 def test_every_page_says_what_ran(make_run: MakeRun, write: Callable[[Path], Path]) -> None:
     run = make_run("[b]<run>[red]")
     page = Page(write(run))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.report.pages import Page
 
-from sparse_mlp.report import reduce_predictions, write_predictions_csv, write_report
+from sparse_mlp.report import reduce_predictions, write_classification_report, write_predictions_csv
 
 MakeRun = Callable[..., Path]
 
@@ -56,19 +56,19 @@ def test_csv_of_names_that_do_not_fit(tmp_path: Path) -> None:
 def test_the_page_lists_the_files_of_what_was_misclassified(make_run: MakeRun) -> None:
     names = ["x/[bold]1.png", "x/<2>.png", "y/3\udcff.png"]
     run = make_run(classes=["a", "b", "c"], target=np.array([0, 0, 1]), logits=LOGITS, files=names)
-    page = Page(write_report(run))
+    page = Page(write_classification_report(run))
     assert "x/<2>.png a b 0.80 y/3\\udcff.png b c 0.60" in page.text  # the surest first
     assert "1.png" not in page.text
     assert "predictions.csv" not in page.text
     (run / "predictions.csv").touch()
-    assert "Every prediction is in predictions.csv" in Page(write_report(run)).text
+    assert "Every prediction is in predictions.csv" in Page(write_classification_report(run)).text
 
 
 def test_without_names_the_page_lists_numbers(make_run: MakeRun) -> None:
     run = make_run(classes=["a", "b", "c"], target=np.array([0, 0, 2]), logits=LOGITS)
-    assert "#1 a b 0.80" in Page(write_report(run)).text
+    assert "#1 a b 0.80" in Page(write_classification_report(run)).text
 
 
 def test_many_mistakes_are_listed_in_part(make_run: MakeRun) -> None:
     run = make_run(classes=["a", "b"], images=300, target=np.zeros(300, int), logits=np.tile([0, 1.0], (300, 1)))
-    assert "The 200 surest of 300." in Page(write_report(run)).text
+    assert "The 200 surest of 300." in Page(write_classification_report(run)).text

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tests.report.pages import Page
 
-from sparse_mlp.report.plane import map_figure, project
 from sparse_mlp.report.pretraining import Neighbourhood, write_pretraining_report
+from sparse_mlp.report.tsne import map_figure, project
 
 MakeRun = Callable[..., Path]
 

@@ -13,7 +13,7 @@ from tests.report.pages import Page
 from torch import nn
 
 from sparse_mlp import report
-from sparse_mlp.report import Samples, wanted_images, write_report
+from sparse_mlp.report import Samples, wanted_images, write_classification_report
 from sparse_mlp.report.analysis import class_accuracy
 from sparse_mlp.report.classes import class_accuracy_figure, confusion_figure
 from sparse_mlp.report.curves import smooth, thin
@@ -90,7 +90,7 @@ def test_names_are_text_wherever_they_come_from(make_run: MakeRun, make_samples:
         text = text.replace("sparse_mlp_t4_32", "<script>m").replace("A CPU", "<script>c").replace("a b", "<script>r")
         (run / name).write_text(text)
     model = timm.create_model("sparse_mlp_t4_32", num_classes=7, in_chans=1, img_size=8, patch_size=2)
-    page = Page(write_report(run, model, make_samples(run)))
+    page = Page(write_classification_report(run, model, make_samples(run)))
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "b"}
     assert all(attrs.get("src", "").startswith("data:") for tag, attrs in page.tags if tag == "img")
@@ -111,7 +111,7 @@ def test_names_are_text_wherever_they_come_from(make_run: MakeRun, make_samples:
 def test_a_dense_run_has_no_experts(make_run: MakeRun, make_samples: MakeSamples) -> None:
     run = make_run(layers={})
     dense = timm.create_model("mixer_t4_32", num_classes=10, in_chans=1, img_size=8, patch_size=2)
-    page = Page(write_report(run, dense, make_samples(run)))
+    page = Page(write_classification_report(run, dense, make_samples(run)))
     assert page.sections() == ["curves", "classes"]
     assert "expert" not in page.text.lower()
 
@@ -120,7 +120,7 @@ def test_an_interrupted_run_says_so(make_run: MakeRun) -> None:
     run = make_run(predictions=False, weights=False)
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(text[: len(text) // 2])
-    page = Page(write_report(run))
+    page = Page(write_classification_report(run))
     assert page.sections() == ["curves", "load"]
     assert "not finished at step" in page.text
     assert "cut short by an interruption" in page.text
@@ -129,18 +129,18 @@ def test_an_interrupted_run_says_so(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize("metrics", ["", '{"kind": "event", "step": 0, "time": 0.0, "what": "stopped"}\n'])
 def test_a_run_that_logged_nothing_has_a_page(make_run: MakeRun, metrics: str) -> None:
-    page = Page(write_report(make_run(metrics=metrics, predictions=False, weights=False)))
+    page = Page(write_classification_report(make_run(metrics=metrics, predictions=False, weights=False)))
     assert page.sections() == []
     assert "at step 0" in page.text
 
 
 def test_a_single_line_of_each_kind_is_enough(make_run: MakeRun) -> None:
-    page = Page(write_report(make_run(steps=1, every=1, evals=1, images=1)))
+    page = Page(write_classification_report(make_run(steps=1, every=1, evals=1, images=1)))
     assert page.sections() == ["curves", "classes", "load"]
 
 
 def test_no_evaluations(make_run: MakeRun) -> None:
-    page = Page(write_report(make_run(evals=0, predictions=False)))
+    page = Page(write_classification_report(make_run(evals=0, predictions=False)))
     assert "Top-1" not in page.text
 
 
@@ -149,17 +149,17 @@ def test_a_resumed_run_says_how_often(make_run: MakeRun) -> None:
     event = '{"kind": "event", "step": 50, "epoch": 5.0, "time": 2.5, "what": "resumed"}\n'
     path = run / "metrics.jsonl"
     path.write_text(path.read_text() + event + event)
-    assert "resumed 2 times" in Page(write_report(run)).text
+    assert "resumed 2 times" in Page(write_classification_report(run)).text
 
 
 def test_one_class(make_run: MakeRun) -> None:
-    page = Page(write_report(make_run(classes=["only"])))
+    page = Page(write_classification_report(make_run(classes=["only"])))
     assert "100.00 %" in page.text and "0 of 200 test images are taken for something else" in page.text
 
 
 def test_a_thousand_classes_show_the_worst(make_run: MakeRun, make_samples: MakeSamples) -> None:
     run = make_run(classes=[f"class number {c}" for c in range(1000)], images=5000)
-    page = Page(write_report(run, samples=make_samples(run, number=200)))
+    page = Page(write_classification_report(run, samples=make_samples(run, number=200)))
     assert "Only the 20 classes in the most frequent mistakes" in page.text
     assert "the 25 worst of" in page.text
     assert len(page.source) < 1_000_000
@@ -167,7 +167,7 @@ def test_a_thousand_classes_show_the_worst(make_run: MakeRun, make_samples: Make
 
 def test_many_experts_become_a_heat_map(make_run: MakeRun) -> None:
     run = make_run(layers={"blocks.1.mlp_tokens": 32})
-    assert "Each row is an expert" in Page(write_report(run)).text
+    assert "Each row is an expert" in Page(write_classification_report(run)).text
     (axes,) = load_figure(read_run(run).routing["blocks.1.mlp_tokens"], "Load").axes
     assert axes.images[0].get_array().shape == (32, 10)
 
@@ -215,7 +215,7 @@ def test_thin_and_smooth_keep_means() -> None:
 
 def test_class_names_that_do_not_fit_are_refused(make_run: MakeRun) -> None:
     with pytest.raises(ValueError, match="predictions of 10 classes, but 2 class names"):
-        write_report(make_run(), classes=["a", "b"])
+        write_classification_report(make_run(), classes=["a", "b"])
 
 
 def test_wanted_images_are_enough_and_no_library_complains(
@@ -226,8 +226,8 @@ def test_wanted_images_are_enough_and_no_library_complains(
     assert len(wanted) == len(set(wanted)) and wanted == wanted_images(run, seed=5)
     every = make_samples(run)
     few = Samples(every.images[wanted], every.targets[wanted], every.index[wanted], every.mean, every.std)
-    first = write_report(run, model, every, seed=5).read_text()
-    assert write_report(run, model, few, seed=5).read_text() == first
+    first = write_classification_report(run, model, every, seed=5).read_text()
+    assert write_classification_report(run, model, few, seed=5).read_text() == first
     assert caplog.records == []
 
 
@@ -242,8 +242,8 @@ def test_wanted_images_of_a_stream_or_an_unfinished_run(make_run: MakeRun) -> No
 
 def test_written_again_it_is_the_same_and_keeps_no_rest(make_run: MakeRun) -> None:
     run = make_run(layers={})
-    first = write_report(run).read_bytes()
-    assert write_report(run).read_bytes() == first
+    first = write_classification_report(run).read_bytes()
+    assert write_classification_report(run).read_bytes() == first
     assert not list(run.glob(".*"))
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_mlp import distributed, jobs, recipes
+from sparse_mlp.cli.output import add_row, console, table
 from sparse_mlp.cli.parse import HELP_ALL, parse_known, split_names
-from sparse_mlp.cli.showing import add_row, console, table
 from sparse_mlp.cli.train import change
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Recipe, Run
@@ -19,7 +19,7 @@ from sparse_mlp.report import write_comparison
 
 _log = logging.getLogger(__name__)
 
-_MOST = 24  # runs in one comparison
+_MAX_RUNS = 24  # runs in one comparison
 
 
 @dataclass(frozen=True)
@@ -38,45 +38,45 @@ def run(arguments: list[str]) -> int:
     if everything:
         change(recipes.get(names[0] if names else "digits_sparse"), [HELP_ALL], "compare")
     finished = [name for name in names if (Path(name) / "config.json").is_file()]
-    asked = _asked([name for name in names if name not in finished], given, rest)
-    if not 2 <= len(asked) + len(finished) <= _MOST:
-        raise UserError(f"compare takes two to {_MOST} recipes or runs, not {len(asked) + len(finished)}")
-    if finished and rest and not asked:
+    requested = _requested_runs([name for name in names if name not in finished], given, rest)
+    if not 2 <= len(requested) + len(finished) <= _MAX_RUNS:
+        raise UserError(f"compare takes two to {_MAX_RUNS} recipes or runs, not {len(requested) + len(finished)}")
+    if finished and rest and not requested:
         raise UserError(f"{rest[0]} would be ignored: finished runs are taken as they are")
     runs = [Run(Path(name)) for name in finished]
     for entry in runs:
         entry.metrics  # noqa: B018 - FileNotFoundError for a run that has not finished
-    for folder, recipe in asked.items():  # before anything is trained
+    for folder, recipe in requested.items():  # before anything is trained
         _check(folder, recipe)
-    for folder, recipe in asked.items():
+    for folder, recipe in requested.items():
         runs.append(_train(folder, recipe))
     if distributed.is_main():
-        show(runs, given.out)
+        show_comparison(runs, given.out)
     return 0
 
 
-def _asked(names: Sequence[str], given: CompareOptions, options: Sequence[str]) -> dict[Path, Recipe]:
+def _requested_runs(names: Sequence[str], given: CompareOptions, options: Sequence[str]) -> dict[Path, Recipe]:
     """Run folders and recipes, in the order of the names. UserError for a name or a recipe's name given twice."""
     if len(set(names)) != len(names):
         raise UserError(f"a recipe is named twice: {' '.join(names)}")
     if given.seeds is not None and given.seeds < 1:
         raise UserError(f"--seeds {given.seeds} must be at least 1")
-    asked = {}
+    requested = {}
     for name in names:
-        recipe = recipes.fit(name, partial(change, options=options, prog="compare"))
+        recipe = recipes.resolve(name, partial(change, options=options, prog="compare"))
         if recipe.name != recipes.get(name).name:
             raise UserError(f"--name {recipe.name} would be ignored: each run is called by its recipe; see --out")
         if given.seeds is None:
-            asked[given.out / name] = recipe
+            requested[given.out / name] = recipe
             continue
         for seed in range(given.seeds):
             train: Any = replace(recipe.train, seed=seed)  # type: ignore[attr-defined]
-            asked[given.out / f"{name}-seed{seed}"] = replace(recipe, train=train)  # type: ignore[call-arg]
-    return asked
+            requested[given.out / f"{name}-seed{seed}"] = replace(recipe, train=train)  # type: ignore[call-arg]
+    return requested
 
 
 def _check(folder: Path, recipe: Recipe) -> None:
-    """UserError or OSError if the recipe cannot be trained in the folder, or began otherwise there."""
+    """UserError or OSError if the recipe cannot be trained in the folder, or the run there has another recipe."""
     if (folder / "config.json").is_file():
         jobs.check_resume(folder, Run(folder).recipe, recipe)
     else:
@@ -94,16 +94,16 @@ def _train(folder: Path, recipe: Recipe) -> Run:
     return Run(folder)
 
 
-def show(runs: Sequence[Run], out: Path) -> None:
-    """The table, and the page and figure with the curves of all runs."""
+def show_comparison(runs: Sequence[Run], out: Path) -> None:
+    """Print the table; write the page and the figure with the curves of all runs."""
     summaries = [jobs.summarize(entry) for entry in runs]
     metrics = list(dict.fromkeys(name for summary in summaries for name in summary.scores))
-    shown = table(
+    rows = table(
         "run", *metrics, "steps", "parameters", "mult-adds", "items/s", "busiest expert", numbers=len(metrics) + 5
     )
     for entry, summary in zip(runs, summaries, strict=True):
         add_row(
-            shown,
+            rows,
             entry.path.name,
             *(summary.scores.get(name, "-") for name in metrics),
             _number(summary.steps, "{:,}"),
@@ -113,7 +113,7 @@ def show(runs: Sequence[Run], out: Path) -> None:
             "dense" if summary.busiest is None else f"{summary.busiest:.2f} x its share",
         )
     page = write_comparison([entry.path for entry in runs], out, [summary.macs for summary in summaries])
-    console().print(shown)
+    console().print(rows)
     console().print(f"comparison: {page}", markup=False, soft_wrap=True)
 
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from sparse_mlp.cli.output import console
 from sparse_mlp.cli.parse import parse
-from sparse_mlp.cli.showing import console
 from sparse_mlp.weights import convert_file
 
 

@@ -10,8 +10,8 @@ from timm.models import get_pretrained_cfg
 
 from sparse_mlp import distributed, jobs
 from sparse_mlp.cli.help import EVAL
+from sparse_mlp.cli.output import add_row, console, table
 from sparse_mlp.cli.parse import HELP_ALL, parse, split_names
-from sparse_mlp.cli.showing import add_row, console, table
 from sparse_mlp.data import SETS, AugmentConfig, DataConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Context, ModelConfig
@@ -20,7 +20,7 @@ from sparse_mlp.jobs.images import open_images
 from sparse_mlp.jobs.recipe import Arguments
 from sparse_mlp.tasks.classify import ClassifyConfig
 
-_SHARES = ("top1", "top5", "val_top1", "knn_top1", "knn_top5")
+_ACCURACIES = ("top1", "top5", "val_top1", "knn_top1", "knn_top5")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _evaluate_run(target: str, options: list[str]) -> dict[str, float]:
-    found = jobs.Run(Path(target))
-    job, folder = found.job, found.folder
+    run = jobs.Run(Path(target))
+    job, folder = run.job, run.folder
     given: Any = parse(job.eval_options_type, options, prog="eval", description=EVAL, default=job.eval_options(folder))
     with distributed.join(given.device) as device:
         return job.evaluate(folder, given, device).metrics
@@ -81,7 +81,7 @@ def _evaluate_model(target: str, options: list[str]) -> dict[str, float]:
 
 
 def _as_published(target: str, data: DataConfig) -> DataConfig:
-    """Images as a model's published weights want them, where nothing else is asked for and the set is no small one."""
+    """The preprocessing of a model's published weights, where no other is given; not for the small built-in sets."""
     published = get_pretrained_cfg(target)
     if published is None or not (data.name == "folder" or "/" in data.name):
         return data
@@ -103,6 +103,6 @@ def _show(target: str, metrics: dict[str, float]) -> None:
 
 
 def _cell(name: str, value: float) -> str:
-    if name in _SHARES:
+    if name in _ACCURACIES:
         return f"{value:.2%}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

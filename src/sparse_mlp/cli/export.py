@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from sparse_mlp import jobs
+from sparse_mlp.cli.output import console
 from sparse_mlp.cli.parse import parse
-from sparse_mlp.cli.showing import console
 
 _DESCRIPTION = """Write the backbone of a run as bare timm weights without a classifier.
 

@@ -1,4 +1,4 @@
-"""What the command says of itself: the verbs, and of each the options that are used most."""
+"""Help texts: the verbs, and the most common options of each."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ TEXTS = {"train": TRAIN, "eval": EVAL, "compare": COMPARE}
 
 
 def help_for(arguments: Sequence[str]) -> str | None:
-    """The text that a command line asks for, where it is one of these; None where it asks for something else."""
-    asks = any(word in ("-h", "--help") for word in arguments)
+    """The help text that a command line requests; None if it is not one of those in this file."""
+    requested = any(word in ("-h", "--help") for word in arguments)
     verb = arguments[0] if arguments else None
     if verb in ("-h", "--help", "help"):
         return MAIN
-    return TEXTS.get(verb) if asks and verb else None
+    return TEXTS.get(verb) if requested and verb else None

@@ -12,8 +12,8 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from sparse_mlp import jobs
+from sparse_mlp.cli.output import console, table
 from sparse_mlp.cli.parse import parse
-from sparse_mlp.cli.showing import console, table
 from sparse_mlp.data import InputSpec
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import ModelConfig

@@ -1,4 +1,4 @@
-"""Entry point of the command: finds the verb, and turns a user's mistake into one line."""
+"""Entry point of the command: runs the verb, and prints a user's mistake as one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_mlp.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns its exit code: 0, 2 after a user's mistake, 128 + signal when stopped by one.
 
-    A mistake of ours keeps its traceback; with SPARSE_MLP_DEBUG=1 every error does.
+    A bug of this package keeps its traceback; with SPARSE_MLP_DEBUG=1 every error does.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _show_log()
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:
-        # The engine's errors carry the code to leave with; torch is not imported here to know them by type.
+        # The engine's errors carry an exit code. Their types are not imported here, as that would import torch.
         code = 2 if isinstance(error, UserError | OSError) else getattr(error, "exit_code", None)
         if code is None or os.environ.get("SPARSE_MLP_DEBUG") == "1":
             raise
@@ -56,20 +56,20 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _message(error: Exception) -> str:
-    """What went wrong; of an error of the system's the file first, without its number."""
+    """The message of an error; for an error of the operating system the file and the reason, without the number."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error) or type(error).__name__
 
 
 def _fail(message: str, code: int) -> int:
-    kind = "" if code > 128 else "error: "  # being stopped is no error
+    kind = "" if code > 128 else "error: "  # a stop by a signal is not an error
     sys.stderr.write(f"sparse-mlp: {kind}{' '.join(message.split())}\n")
     return code
 
 
 def _show_log() -> None:
-    """What the library logs, such as a skipped image, goes to standard error as it is now."""
+    """Send the library's log messages, such as skipped images, to the current standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("sparse-mlp: %(message)s"))
     logger = logging.getLogger("sparse_mlp")

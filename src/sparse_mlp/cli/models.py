@@ -11,8 +11,8 @@ import torch
 import tyro
 from timm.models import get_pretrained_cfg
 
+from sparse_mlp.cli.output import console, table
 from sparse_mlp.cli.parse import parse
-from sparse_mlp.cli.showing import console, table
 from sparse_mlp.errors import UserError
 from sparse_mlp.models import registered_names
 from sparse_mlp.report.cost import count_parameters

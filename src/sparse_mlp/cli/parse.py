@@ -20,7 +20,7 @@ HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
 
 def parse(kind: type[T], arguments: Sequence[str], *, prog: str, description: str = "", default: T | None = None) -> T:
-    """`kind` filled from the command line; --help or --help-all prints and leaves.
+    """`kind` filled from the command line; --help or --help-all prints and exits.
 
     UserError, one line, for a wrong command line; for an unknown option with the nearest names.
     """
@@ -41,8 +41,8 @@ def parse_known(
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(kind, args=words, return_unknown_args=True, **options)
-    except SystemExit as leaving:
-        if not leaving.code:
+    except SystemExit as exit_request:
+        if not exit_request.code:
             raise
         raise UserError(f"{_first_message(errors.getvalue())} (see sparse-mlp {prog} --help)") from None
     finally:
@@ -61,7 +61,7 @@ def asks_help(arguments: Sequence[str]) -> bool:
 
 
 def _first_message(box: str) -> str:
-    """What an error of tyro's says before its first rule, as one line."""
+    """The text of a tyro error message up to its first horizontal rule, as one line."""
     # Inside a frame of lines, or indented by two where the terminal has no such characters.
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith(("│ ", "  "))]
     rule = next((i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}), len(lines))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_mlp import jobs
+from sparse_mlp.cli.output import add_row, console, table
 from sparse_mlp.cli.parse import asks_help, parse, parse_known
-from sparse_mlp.cli.showing import add_row, console, table
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import PredictOptions, Row
 
@@ -24,7 +24,7 @@ A run on images takes image files, folders with their subfolders, and quoted pat
 graph takes a file of features (.npy, .npz, .csv)."""
 
 _FORMATS = (".csv", ".json")
-_COLUMNS = 12  # that a terminal shows; a file has them all
+_COLUMNS = 12  # in the printed table; a file has all of them
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def run(arguments: list[str]) -> int:
     output, rest = parse_known(OutOptions, options, prog="predict")
     if output.out is not None and output.out.suffix not in _FORMATS:
         raise UserError(f"--out {output.out} must end in {' or '.join(_FORMATS)}")
-    found = jobs.Run(Path(names[0]))
-    given: Any = parse(found.job.predict_options_type, rest, prog="predict", default=found.job.predict_options_type())
-    rows = found.job.predict(found.folder, names[1:], given)
+    run = jobs.Run(Path(names[0]))
+    given: Any = parse(run.job.predict_options_type, rest, prog="predict", default=run.job.predict_options_type())
+    rows = run.job.predict(run.folder, names[1:], given)
     if output.out is None:
         _show(rows)
     else:

@@ -1,4 +1,4 @@
-"""`sparse-mlp recipes`: what there is to train, and what a recipe says in full."""
+"""`sparse-mlp recipes`: list the recipes, or show one in full."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from sparse_mlp import jobs, recipes
+from sparse_mlp.cli.output import add_row, console, table
 from sparse_mlp.cli.parse import parse
-from sparse_mlp.cli.showing import add_row, console, table
 
 _DESCRIPTION = "List the recipes, or show one in full. The name of any model of timm is a recipe too."
 

@@ -9,9 +9,9 @@ from typing import Annotated
 import tyro
 
 from sparse_mlp import jobs
-from sparse_mlp.cli.compare import show
+from sparse_mlp.cli.compare import show_comparison
+from sparse_mlp.cli.output import console
 from sparse_mlp.cli.parse import parse
-from sparse_mlp.cli.showing import console
 from sparse_mlp.errors import UserError
 
 _DESCRIPTION = """Write the report of a run anew, or a page that sets several runs side by side."""
@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     if not given.runs:
         raise UserError("report takes a run folder: sparse-mlp report RUN ...")
     if len(given.runs) > 1:
-        show([jobs.Run(path) for path in given.runs], given.out or Path("runs/compare"))
+        show_comparison([jobs.Run(path) for path in given.runs], given.out or Path("runs/compare"))
         return 0
     if given.out is not None:
         raise UserError(f"--out {given.out} would be ignored: the page of a run is in its folder")

@@ -43,14 +43,14 @@ def run(arguments: list[str]) -> int:
         raise UserError("which recipe? sparse-mlp train RECIPE (see sparse-mlp recipes), or MODEL --data.root FOLDER")
     if given.trust_data:
         raise UserError("--trust-data would be ignored: a new run's data are named by you")
-    recipe = recipes.fit(names[0], partial(change, options=rest))
+    recipe = recipes.resolve(names[0], partial(change, options=rest))
     jobs.train(recipe, given.out)
     return 0
 
 
 def change(recipe: Recipe, options: Sequence[str], prog: str = "train") -> Recipe:
     """The recipe with the options of a command line in it, and what follows from them."""
-    return jobs.settle(recipe, parse(type(recipe), options, prog=prog, description=_FIELDS, default=recipe))
+    return jobs.adjust_dependent(recipe, parse(type(recipe), options, prog=prog, description=_FIELDS, default=recipe))
 
 
 def _resume(given: TrainOptions, names: list[str], options: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Image sets and the batches made of them, as pure functions of (seed, step)."""
+"""Image sets, and their batches as pure functions of (seed, step)."""
 
 from sparse_mlp.data.augment import normalize
 from sparse_mlp.data.classes import match_classes

@@ -1,4 +1,4 @@
-"""Classes of one set among those of another, by name."""
+"""Match the classes of two data sets by name."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from sparse_mlp.errors import UserError
 
 
-def match_classes(trained: Sequence[str], found: Sequence[str]) -> list[int]:
-    """For each class of `found` its number among `trained`, by name.
+def match_classes(trained: Sequence[str], names: Sequence[str]) -> list[int]:
+    """For each class in `names` its number in `trained`.
 
-    `found` may lack classes. Raises UserError naming those that `trained` lacks. An accent counts the same whether the
+    `names` may lack classes. Raises UserError naming those that `trained` lacks. An accent counts the same whether the
     file system stores it as one character or two.
     """
     numbers = {_composed(name): number for number, name in enumerate(trained)}
-    unknown = [name for name in found if _composed(name) not in numbers]
+    unknown = [name for name in names if _composed(name) not in numbers]
     if not unknown:
-        return [numbers[_composed(name)] for name in found]
+        return [numbers[_composed(name)] for name in names]
     parts = []
     for name in unknown[:5]:
         near = difflib.get_close_matches(name, trained, n=1, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""What a data set is and how its images are varied: two frozen dataclasses, every field a command-line option."""
+"""The data set and its augmentation: two frozen dataclasses, every field a command-line option."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparse_mlp.errors import UserError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, where they lie and how they are served.
+    """Which images, where they are and how they are loaded.
 
     Every field is for every set unless it says which. A value that the named set would ignore is an error.
     """
@@ -74,10 +74,10 @@ class DataConfig:
     """Name of the evaluation split of a timm set."""
 
     num_classes: int | None = None
-    """Number of classes. Needed only where a timm set does not tell it; elsewhere it must agree with the set."""
+    """Number of classes. Needed only where a timm set does not have it; elsewhere it must agree with the set."""
 
     num_samples: int | None = None
-    """Training images in a streamed set (hfids/, tfds/, wds/) that does not tell its length."""
+    """Training images in a streamed set (hfids/, tfds/, wds/) whose length is unknown."""
 
     mean: tuple[float, ...] | None = None
     """Mean of each channel, in 0..1, that becomes 0. Left out: the set's own (folder and timm sets: ImageNet's)."""
@@ -92,7 +92,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training images are varied. Everything is drawn from (seed, epoch, image), mixing from (seed, step)."""
+    """Augmentation of the training images. Everything is drawn from (seed, epoch, image), mixing from (seed, step)."""
 
     pad: int = 0
     """Shift by up to this many of the model's pixels in each direction, black outside (pad and crop)."""
@@ -132,7 +132,7 @@ class AugmentConfig:
 
 
 def check_configs(data: DataConfig, augment: AugmentConfig) -> None:
-    """ValueError, one line, for numbers that cannot be, whatever the set."""
+    """UserError, one line, for values that are out of range for every data set."""
     for name, least in (("image_size", 1), ("batch_size", 1), ("repeats", 1), ("eval_batch_size", 1), ("workers", 0)):
         _between(f"data.{name}", getattr(data, name), least, math.inf)
     for name in ("num_classes", "num_samples"):
@@ -160,7 +160,7 @@ def check_configs(data: DataConfig, augment: AugmentConfig) -> None:
 
 
 def _between(name: str, value: float | None, least: float, most: float, *, open_below: bool = False) -> None:
-    """NaN and infinity are never between."""
+    """UserError for a number out of range, NaN or infinity."""
     if value is None or (math.isfinite(value) and least <= value <= most and not (open_below and value == least)):
         return
     low = f"above {least}" if open_below else f"at least {least}"

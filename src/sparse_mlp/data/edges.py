@@ -1,4 +1,4 @@
-"""Other edges for a graph: only the plausible ones, more of them, random ones; and graphs that are drawn."""
+"""Change the edges of a graph by feature similarity or at random; and generate random graphs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def corrupt_edges(graph: Graph, share: float, seed: int) -> Graph:
 
 
 def trust_edges(graph: Graph, threshold: float) -> Graph:
-    """Keep the edges whose ends have features of a cosine above `threshold`; the others are not believed."""
+    """Keep the edges whose ends have features of a cosine above `threshold`; drop the others."""
     upper = sp.triu(graph.adjacency, 1).tocoo()
     features = sp.csr_matrix(graph.features)
     norms = np.sqrt(np.asarray(features.multiply(features).sum(1)).reshape(-1))

@@ -1,4 +1,4 @@
-"""Finding image files: what is searched, what is left out and said."""
+"""Find image files, and count the files that are skipped."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _unread(path: Path) -> str | None:
 
 
 def describe_left_out(where: Path | str, left_out: Counter[str]) -> str:
-    """One line for a person, as: left out of photos: 3 ending in .txt, 1 hidden (leading dot)."""
+    """One line of text, for example: left out of photos: 3 ending in .txt, 1 hidden (leading dot)."""
     parts = [f"{count} {reason}" for reason, count in left_out.most_common(6)]
     rest = sum(left_out.values()) - sum(count for _, count in left_out.most_common(6))
     parts += [f"{rest} others"] if rest else []

@@ -67,7 +67,7 @@ class GraphConfig:
 
 
 def load_configured(config: GraphConfig) -> Graph:
-    """The graph of a configuration, as its files have it."""
+    """Read the graph of a configuration."""
     if not config.source:
         raise UserError("which graph? --data.source FILE names the folder or file of your graph")
     root = Path(config.root) if config.root else None

@@ -122,14 +122,14 @@ class FileImages:
     def subset(self, indices: np.ndarray) -> FileImages:
         """Only the images at `indices`, numbered anew."""
         source = self.source.subset([int(i) for i in indices])
-        return self._like(source, self.label_map)
+        return self._with_source(source, self.label_map)
 
     def relabelled(self, label_map: Sequence[int]) -> FileImages:
         """The same images, label i become label_map[i]."""
         own = range(len(label_map)) if self.label_map is None else self.label_map
-        return self._like(self.source, [label_map[i] for i in own])
+        return self._with_source(self.source, [label_map[i] for i in own])
 
-    def _like(self, source: Any, label_map: Sequence[int] | None) -> FileImages:
+    def _with_source(self, source: Any, label_map: Sequence[int] | None) -> FileImages:
         transforms = self.train_transform, self.eval_transform
         return FileImages(source, *transforms, self.channels, self.skip_bad, label_map=label_map)
 
@@ -145,15 +145,15 @@ class FileImages:
         else:
             seeds = epoch_seeds(len(self), *epoch)
             with preserved_generators():
-                read = [self._read_near(int(i), seeds) for i in indices]
-        found = [item for item in read if item is not None]
+                read = [self._read_or_next(int(i), seeds) for i in indices]
+        items = [item for item in read if item is not None]
         return {
-            "image": torch.stack([image for image, _, _ in found]) if found else torch.empty(0),
-            "target": torch.tensor([label for _, label, _ in found], dtype=torch.long),
-            "index": torch.tensor([index for _, _, index in found], dtype=torch.long),
+            "image": torch.stack([image for image, _, _ in items]) if items else torch.empty(0),
+            "target": torch.tensor([label for _, label, _ in items], dtype=torch.long),
+            "index": torch.tensor([index for _, _, index in items], dtype=torch.long),
         }
 
-    def _read_near(self, index: int, seeds: np.ndarray) -> tuple[Tensor, int, int]:
+    def _read_or_next(self, index: int, seeds: np.ndarray) -> tuple[Tensor, int, int]:
         for i in range(index, index + len(self)):
             item = self._read(i % len(self), self.train_transform or self.eval_transform, seeds)
             if item is not None:

@@ -26,7 +26,7 @@ def steps_per_epoch(data: ImageData, config: DataConfig) -> int:
     """Whole batches in the training set, whatever `config.repeats`; the rest of an epoch's images wait for another
     epoch's order.
 
-    Raises ValueError where the set is smaller than a batch or does not tell its length.
+    Raises UserError where the set is smaller than a batch or its length is unknown.
     """
     images = len(data.train)  # type: ignore[arg-type]
     if images == 0:
@@ -53,7 +53,7 @@ def train_loader(
     augmentation also depend on the number of workers and ranks; there a start within an epoch reads and drops the
     batches before it.
 
-    Raises ValueError where the batch does not divide over the ranks, a slice is odd and mixup or cutmix is on, or a
+    Raises UserError where the batch does not divide over the ranks, a slice is odd and mixup or cutmix is on, or a
     stream is to be repeated.
     """
     local = config.batch_size // world_size
@@ -74,7 +74,7 @@ def train_loader(
 def eval_loader(data: ImageData, config: DataConfig, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
     """The test images, every one on exactly one rank, in order; the last batch may be smaller."""
     if isinstance(data.test, IterableDataset):
-        _tell_workers(data.test, config.workers)
+        _set_num_workers(data.test, config.workers)
         return _StreamEval(data, config)
     own = np.arange(rank, len(data.test), world_size)
     parts = [own[i : i + config.eval_batch_size] for i in range(0, len(own), config.eval_batch_size)]
@@ -136,7 +136,7 @@ class _TrainSteps(Dataset):
         own = np.argsort(copy, kind="stable")[self.slice]
         indices, copy = epoch_order(len(self.images), self.seed, epoch)[image[own]], copy[own]
         try:
-            batch = _joined(
+            batch = _concatenate(
                 [self.images.batch(indices[copy == c], (self.seed, epoch * self.repeats + c)) for c in np.unique(copy)]
             )
         except (OSError, ValueError) as error:  # raised in the main process, where its message stays one line
@@ -144,7 +144,7 @@ class _TrainSteps(Dataset):
         return self.mixer(batch, self.seed, step) if self.mixer else batch
 
 
-def _joined(parts: list[Batch]) -> Batch:
+def _concatenate(parts: list[Batch]) -> Batch:
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -189,10 +189,10 @@ class _StreamSteps:
                 )
 
     def _epoch(self, epoch: int) -> Iterator[Batch]:
-        _tell_workers(self.dataset, self.config.workers)
+        _set_num_workers(self.dataset, self.config.workers)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        dataset = _unread(self.dataset, epoch)
+        dataset = _restarted(self.dataset, epoch)
         loader = iter(_stream_loader(dataset, self.local, self.config.workers, self.seed + epoch, drop_last=True))
         for position in range(self.per_epoch):
             with preserved_generators():  # without workers the transforms draw in this process
@@ -226,7 +226,7 @@ def _stream_loader(dataset: Any, batch_size: int, workers: int, seed: int, drop_
     )
 
 
-def _unread(dataset: Any, epoch: int) -> Any:
+def _restarted(dataset: Any, epoch: int) -> Any:
     """The stream as if nothing had been read from it.
 
     timm's readers go on shuffling where the last epoch stopped, which a resumed run cannot know. Worker processes begin
@@ -248,7 +248,7 @@ def _stream_batch(batch: Any, name: str, classes: int) -> Batch:
     return {"image": image, "target": target.long(), "index": torch.full((len(target),), -1)}
 
 
-def _tell_workers(dataset: Any, workers: int) -> None:
+def _set_num_workers(dataset: Any, workers: int) -> None:
     if hasattr(dataset, "set_loader_cfg"):
         dataset.set_loader_cfg(num_workers=workers)
 

@@ -40,7 +40,7 @@ class BatchMixer:
 
 
 def batch_mixer(config: AugmentConfig, num_classes: int) -> BatchMixer | None:
-    """The mixer that `config` asks for, or None. ValueError for values that would be ignored."""
+    """The mixer of a configuration, or None. UserError for values that would be ignored."""
     default = AugmentConfig()
     if config.mix_probability != default.mix_probability and not (config.mixup or config.cutmix):
         raise UserError("augment.mix_probability would be ignored: neither augment.mixup nor augment.cutmix is set")

@@ -1,4 +1,4 @@
-"""A user's own torch datasets of (image, label) in the place of a named set."""
+"""Training and test set from a user's own torch datasets of (image, label)."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def image_data_from(
 ) -> ImageData:
     """Training and test set from map-style datasets of (image, label), for the loaders as any named set.
 
-    An image is of PIL, a uint8 tensor (C, H, W) or a uint8 array (H, W, C), as large as it likes, not yet normalised; a
+    An image is a PIL image, a uint8 tensor (C, H, W) or a uint8 array (H, W, C), of any size and not normalised. A
     label is an integer. Class names are `classes`, else `train.classes`, else the numbers up to the largest label.
-    What `config` leaves out is taken from the first image: grey or colour, and its side up to 224 pixels. What the
-    datasets draw from the generators of Python, numpy and torch is a function of (seed, epoch, item), as all else.
+    What `config` leaves out is taken from the first image: grey or colour, and its side up to 224 pixels. The
+    generators of Python, numpy and torch are seeded from (seed, epoch, item) before an item is read.
 
     Raises UserError for streams, other images, and options that are for named sets.
     """

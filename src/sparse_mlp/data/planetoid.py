@@ -56,7 +56,7 @@ class _Unpickler(pickle.Unpickler):
 def load_pickle(path: Path) -> Any:
     """Read one file: a CSR matrix, an array or a dict of lists.
 
-    Raises ValueError where it is damaged, holds anything else, or would call a function.
+    Raises UserError where it is damaged, holds anything else, or would call a function.
     """
     try:
         with path.open("rb") as file:

@@ -1,6 +1,6 @@
 """Random numbers as pure functions of (seed, epoch, image) or (seed, step).
 
-Nothing here has a state that a checkpoint would have to hold: whoever knows the seed and the step knows the batch.
+Nothing here has a state that a checkpoint would have to store: seed and step determine the batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The image sets by name: `DataConfig` in, a training set, a test set and what a model must know of them out."""
+"""The image sets by name: from a `DataConfig` to a training set, a test set and the inputs of a model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ImageData:
     """What was left out or is missing, a line each, for the caller to print."""
 
     names: Mapping[str, list[str]] = field(default_factory=dict)
-    """What `split` gives."""
+    """See `split`."""
 
     @property
     def classes(self) -> list[str]:
@@ -60,11 +60,11 @@ class ImageData:
 
     def bad_images(self) -> list[str]:
         """Files that could not be read so far and were skipped."""
-        found = []
+        files = []
         for images in (self.train, self.test):
             if isinstance(images, FileImages):
-                found += [_path(images, index) for index in images.bad_images]
-        return found
+                files += [_path(images, index) for index in images.bad_images]
+        return files
 
 
 def _path(images: FileImages, index: int) -> str:
@@ -136,9 +136,9 @@ def build_datasets(
     elif data.name == "folder":
         if data.root is None:
             raise UserError("a folder set needs --data.root FOLDER")
-        found = read_folder(root, data.channels or 3, data.test_share, split)
-        built = build_files(data, augment, found.train, found.test, found.classes)
-        built = replace(built, notes=found.notes, names=found.split)
+        folder = read_folder(root, data.channels or 3, data.test_share, split)
+        built = build_files(data, augment, folder.train, folder.test, folder.classes)
+        built = replace(built, notes=folder.notes, names=folder.split)
     elif data.name.lower().startswith(tuple(TIMM_PREFIXES)):
         built = build_files(data, augment, *open_timm(data, root))
     else:
@@ -176,7 +176,7 @@ def _with_classes(built: ImageData, augment: AugmentConfig, classes: Sequence[st
 
 
 def _labelled_share(train: Any, data: DataConfig, classes: Sequence[str]) -> ArrayImages | FileImages:
-    """A class-balanced part of a training set. ValueError for a share out of range or one that empties a class."""
+    """A class-balanced part of a training set. UserError for a share out of range or one that empties a class."""
     assert data.label_share is not None
     if not 0 < data.label_share <= 1:
         raise UserError(f"data.label_share {data.label_share} is not in (0, 1]")
@@ -195,10 +195,10 @@ def _labelled_share(train: Any, data: DataConfig, classes: Sequence[str]) -> Arr
 
 
 def _check_used(data: DataConfig) -> None:
-    """ValueError for an option that the named set would ignore."""
+    """UserError for an option that the named set would ignore."""
     kind = data.name.lower().split("/")[0] + "/" if "/" in data.name else data.name
     timm_kinds = tuple(TIMM_PREFIXES)
-    users = {
+    supported = {
         "root": (*(name for name in SETS if name != "digits"), *timm_kinds),
         "on_bad_image": ("folder", "torch/", "hfds/"),
         "test_share": ("folder",),
@@ -210,7 +210,7 @@ def _check_used(data: DataConfig) -> None:
         "num_samples": ("hfids/", "tfds/", "wds/"),
         "crop_pct": ("folder", *timm_kinds),
     }
-    for option, kinds in users.items():
+    for option, kinds in supported.items():
         value = getattr(data, option)
         if value != getattr(DataConfig(), option) and kind not in kinds and kind in (*SETS, *timm_kinds):
             raise UserError(f"data.{option} {value!r} would be ignored by {data.name}; it is for {', '.join(kinds)}")
@@ -224,9 +224,9 @@ def _build_arrays(data: DataConfig, augment: AugmentConfig, root: Path) -> Image
     (train, train_labels), (test, test_labels), classes = _read_arrays(data, known, root)
     size = data.image_size or train.shape[-1]
     mean, std = _normalization(data, known.mean, known.std)
-    varied = BatchAugment(augment, size, mean, std)
+    augmentation = BatchAugment(augment, size, mean, std)
     return ImageData(
-        train=ArrayImages(train, train_labels, size, mean, std, varied),
+        train=ArrayImages(train, train_labels, size, mean, std, augmentation),
         test=ArrayImages(test, test_labels, size, mean, std),
         spec=InputSpec(tuple(classes), channels, size, mean, std, crop_pct=1.0),
         mixer=batch_mixer(augment, len(classes)),
@@ -234,7 +234,7 @@ def _build_arrays(data: DataConfig, augment: AugmentConfig, root: Path) -> Image
 
 
 def _read_arrays(data: DataConfig, known: _ArraySet, root: Path) -> tuple[Split, Split, list[str]]:
-    """Images and labels that fit together, or one line."""
+    """Images and labels of the same number, with valid labels. UserError, FileNotFoundError or BadImageError."""
     try:
         train, test, classes = known.read(root, data.download)
     except (UserError, FileNotFoundError):
@@ -258,10 +258,10 @@ def _read_arrays(data: DataConfig, known: _ArraySet, root: Path) -> tuple[Split,
 def build_files(data: DataConfig, augment: AugmentConfig, train: Any, test: Any, classes: Sequence[str]) -> ImageData:
     """Sets read one by one; a stream is given its transform, any other source is wrapped in FileImages."""
     size = data.image_size or 224
-    usual: Any = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    defaults: Any = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     if data.channels == 1:
-        usual = [(float(np.mean(values)),) for values in usual]
-    mean, std = _normalization(data, *usual)
+        defaults = [(float(np.mean(values)),) for values in defaults]
+    mean, std = _normalization(data, *defaults)
     training = train_transform(augment, size, mean, std)
     spec = InputSpec(tuple(classes), len(mean), size, mean, std, data.crop_pct or 0.875)
     evaluation = spec.transform

@@ -1,4 +1,4 @@
-"""What a model has to know of the images it is given, apart from the images themselves."""
+"""The input format of a model: sizes, normalisation and class names."""
 
 from __future__ import annotations
 

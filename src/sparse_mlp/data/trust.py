@@ -1,4 +1,4 @@
-"""What the settings of a run, which are a file from elsewhere, may not open by themselves."""
+"""Data sets that the configuration of a run folder may not open: those that are fetched or can execute code."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """How the two views of an image are made; pairs are (first view, second view). The defaults are MoCo v3's."""
+    """Augmentation of the two views of an image; pairs are (first view, second view). The defaults are MoCo v3's."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image's area that a random resized crop keeps."""
@@ -94,7 +94,7 @@ class ViewsConfig:
 def view_transform(
     views: ViewsConfig, number: int, image_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Image.Image], Tensor]:
-    """torchvision's transforms for view `number` (0 or 1) of an image that is read alone: (C, H, W), normalised."""
+    """torchvision's transforms for view `number` (0 or 1) of a single image: (C, H, W), normalised."""
     jitter = v2.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue)
     steps: list[Callable] = [v2.ToImage()]
     steps += [_RotationWithBorder(views.rotate, v2.InterpolationMode.BILINEAR)] if views.rotate else []

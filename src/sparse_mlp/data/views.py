@@ -23,13 +23,13 @@ __all__ = ["ViewsConfig", "in_two_views", "view_loader"]
 
 
 def in_two_views(built: ImageData, views: ViewsConfig) -> ImageData:
-    """The same sets, the training images in two views. ValueError for options that such images would ignore."""
+    """The same sets, the training images in two views. UserError for options that such images would ignore."""
     spec = built.spec
     if spec.channels == 1 and (views.saturation or views.hue or views.grey):
         raise UserError("views.saturation, views.hue and views.grey are for colour images; set them to 0")
     if isinstance(built.train, ArrayImages):
         return replace(built, train=ArrayViews(built.train, views))
-    pair = _Pair(*(view_transform(views, number, spec.image_size, spec.mean, spec.std) for number in (0, 1)))
+    pair = _TwoViews(*(view_transform(views, number, spec.image_size, spec.mean, spec.std) for number in (0, 1)))
     if isinstance(built.train, FileImages):
         return replace(built, train=FileViews(built.train, pair))
     built.train.transform = pair  # type: ignore[attr-defined]
@@ -39,20 +39,20 @@ def in_two_views(built: ImageData, views: ViewsConfig) -> ImageData:
 def view_loader(data: ImageData, config: DataConfig, seed: int, *, steps: int, **where: int) -> Iterable[Batch]:
     """As `train_loader`, with its arguments; batches hold `view1`, `view2` (B, C, H, W), `target` and `index`."""
     batches = train_loader(data, config, seed, steps=steps, **where)
-    return _Split(batches) if isinstance(data.train, IterableDataset) else batches
+    return _SplitViews(batches) if isinstance(data.train, IterableDataset) else batches
 
 
-class _Split:
-    """A stream's batches, whose transform made pairs."""
+class _SplitViews:
+    """Batches of a stream whose transform returns pairs of views."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.batches = batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(_split, self.batches)
+        return map(_split_views, self.batches)
 
 
-def _split(batch: Batch) -> Batch:
+def _split_views(batch: Batch) -> Batch:
     pair = batch.pop("image")
     return {"view1": pair[:, 0], "view2": pair[:, 1], **batch}
 
@@ -61,8 +61,7 @@ class ArrayViews(ArrayImages):
     """Images in memory, of which training sees two views."""
 
     def __init__(self, images: ArrayImages, views: ViewsConfig) -> None:
-        numbers = images.images.numpy(), images.labels.numpy(), images.image_size, images.mean, images.std
-        super().__init__(*numbers)
+        super().__init__(images.images.numpy(), images.labels.numpy(), images.image_size, images.mean, images.std)
         self.views = [BatchView(views, number, images.image_size, images.mean, images.std) for number in (0, 1)]
 
     def batch(self, indices: Sequence[int] | np.ndarray, epoch: tuple[int, int] | None = None) -> Batch:
@@ -87,10 +86,10 @@ class FileViews(FileImages):
 
     def batch(self, indices: Sequence[int] | np.ndarray, epoch: tuple[int, int] | None = None) -> Batch:
         batch = super().batch(indices, epoch)
-        return batch if epoch is None else _split(batch)
+        return batch if epoch is None else _split_views(batch)
 
 
-class _Pair:
+class _TwoViews:
     """Both views of one image: (2, C, H, W)."""
 
     def __init__(self, first: Callable[[Image.Image], Tensor], second: Callable[[Image.Image], Tensor]) -> None:

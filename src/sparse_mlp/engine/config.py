@@ -138,6 +138,10 @@ FREE_ON_RESUME = ("compile", "log_every", "eval_every", "save_every", "keep", "d
 grow with a constant schedule: see `check_longer`."""
 
 
+LENGTHS = ("epochs", "steps", "minutes")
+"""Fields of TrainConfig of which exactly one says how long a run is; `check_longer` says when it may grow."""
+
+
 def check_configs(optim: OptimConfig, schedule: ScheduleConfig, train: TrainConfig) -> None:
     """UserError, one line, for values that are not allowed or would be ignored."""
     _check_optim(optim)
@@ -182,7 +186,7 @@ def _check_schedule(schedule: ScheduleConfig, optim: OptimConfig) -> None:
 
 
 def _check_train(train: TrainConfig) -> None:
-    given = {name: getattr(train, name) for name in ("epochs", "steps", "minutes")}
+    given = {name: getattr(train, name) for name in LENGTHS}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
         listed = " and ".join(f"train.{name} {value}" for name, value in given.items()) or "none"

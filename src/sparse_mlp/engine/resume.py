@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sparse_mlp.engine.config import FREE_ON_RESUME, OptimConfig, ScheduleConfig, TrainConfig
+from sparse_mlp.engine.config import FREE_ON_RESUME, LENGTHS, OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-
-LENGTHS = ("epochs", "steps", "minutes")
-"""Fields of TrainConfig that say how long a run is; `check_longer` says when one of them may grow."""
 
 
 def flat_settings(optim: OptimConfig, schedule: ScheduleConfig, train: TrainConfig, **others: Any) -> dict[str, Any]:

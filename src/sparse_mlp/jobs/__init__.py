@@ -3,7 +3,7 @@
 from sparse_mlp.jobs.job import Context, EvalOptions, Job, PredictOptions, Row
 from sparse_mlp.jobs.kinds import job_type, register
 from sparse_mlp.jobs.model import build_model, check_model_name, load_model, load_weights
-from sparse_mlp.jobs.recipe import ModelConfig, Recipe, differences, from_json, override, settle, to_json
+from sparse_mlp.jobs.recipe import ModelConfig, Recipe, adjust_dependent, differences, from_json, override, to_json
 from sparse_mlp.jobs.run import Run, check, check_resume, kind_of, resume, train
 from sparse_mlp.jobs.summary import Summary, summarize
 
@@ -17,6 +17,7 @@ __all__ = [
     "Row",
     "Run",
     "Summary",
+    "adjust_dependent",
     "build_model",
     "check",
     "check_model_name",
@@ -30,7 +31,6 @@ __all__ = [
     "override",
     "register",
     "resume",
-    "settle",
     "summarize",
     "to_json",
     "train",

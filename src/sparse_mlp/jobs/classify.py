@@ -32,13 +32,13 @@ from sparse_mlp.jobs.images import ImageJob, file_names, load_inputs, load_train
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
-from sparse_mlp.report import write_predictions_csv, write_report
+from sparse_mlp.report import write_classification_report, write_predictions_csv
 from sparse_mlp.report.cost import count_macs
 from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
 
 _log = logging.getLogger(__name__)
 
-_BATCH = 64  # images that are predicted at a time
+_BATCH_SIZE = 64  # of predictions
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         own = options.data.name == recipe.data.name and options.data.root == recipe.data.root
         images = options.data
         if not own and images.name == "folder" and images.test_share is None:
-            images = replace(images, test_share=1.0)  # nothing of a folder that was not trained on is kept back
+            images = replace(images, test_share=1.0)  # the run was not trained on this folder: evaluate on all of it
         context = Context(run if own else None, trusted=options.trust_data or not own)
         data = open_images(images, AugmentConfig(), context, classes=spec.classes)
         model = load_trained(run, options.checkpoint, replace(data.spec, classes=spec.classes))
@@ -137,7 +137,10 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
 
         def classify(images: torch.Tensor) -> list[Row]:
             best = model(images).float().softmax(1).topk(top)
-            return [_best(*row, spec.classes) for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+            return [
+                _top_classes(*row, spec.classes)
+                for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
 
         return predict_pictures(files, spec, classify)
 
@@ -145,15 +148,15 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
     def report(cls, run: RunFolder, context: Context | None = None) -> Path:
         """The page of a run; its images and their routing are drawn where they can be opened and are no stream."""
         if not run.has_checkpoint():
-            return write_report(run.path)
+            return write_classification_report(run.path)
         spec, model = load_inputs(run), load_trained(run)
         macs = count_macs(model, spec.channels, spec.image_size)[""]
         try:
             data = open_images(cls.stored(run).data, AugmentConfig(), context or Context(run), classes=spec.classes)
         except (UserError, OSError) as error:
             _log.warning("the report of %s shows no images: %s", run.path, error)
-            return write_report(run.path, macs=macs)
-        return write_report(run.path, model, samples(run, data), macs=macs)
+            return write_classification_report(run.path, macs=macs)
+        return write_classification_report(run.path, model, samples(run, data), macs=macs)
 
 
 def evaluate_model(
@@ -172,10 +175,10 @@ def with_file_names(predictions: dict[str, np.ndarray], data: ImageData) -> dict
     return {**predictions, "files": np.array(names)} if names else predictions
 
 
-def _best(shares: Sequence[float], indices: Sequence[int], classes: Sequence[str]) -> Row:
+def _top_classes(probabilities: Sequence[float], indices: Sequence[int], classes: Sequence[str]) -> Row:
     row: Row = {}
-    for rank, (share, index) in enumerate(zip(shares, indices, strict=True), 1):
-        row |= {f"class_{rank}": classes[index], f"probability_{rank}": round(share, 6)}
+    for rank, (probability, index) in enumerate(zip(probabilities, indices, strict=True), 1):
+        row |= {f"class_{rank}": classes[index], f"probability_{rank}": round(probability, 6)}
     return row
 
 
@@ -186,11 +189,11 @@ def predict_pictures(
 
     FileNotFoundError if there are no images, BadImageError if none can be read.
     """
-    found = find_images(files)
-    rows: list[Row] = [{"file": display_name(file)} for file in found]
-    for start in range(0, len(found), _BATCH):
+    paths = find_images(files)
+    rows: list[Row] = [{"file": display_name(file)} for file in paths]
+    for start in range(0, len(paths), _BATCH_SIZE):
         images = {}
-        for number, file in enumerate(found[start : start + _BATCH], start):
+        for number, file in enumerate(paths[start : start + _BATCH_SIZE], start):
             try:
                 images[number] = spec.transform(read_image(file, spec.channels))
             except BadImageError as error:

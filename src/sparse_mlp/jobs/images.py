@@ -1,4 +1,4 @@
-"""What the kinds of run on images share: their data, what is remembered of it, and the timm model that is trained."""
+"""What the kinds of run on images share: data, the files that describe them, and the timm model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ImageJob(Job[R]):
         super().__init__(recipe, context)
 
     def model_config(self) -> ModelConfig:
-        """The model to build: a run that goes on from a checkpoint needs none of the weights that it began with.
+        """The model to build. A run with a checkpoint does not load the weights that it started from again.
 
         UserError for a model or weights that would be fetched because a run folder names them.
         """
@@ -77,7 +77,7 @@ class ImageJob(Job[R]):
         return {INPUTS: asdict(self.data.spec), **({SPLIT: split} if split else {})}
 
     def log_bad_images(self) -> None:
-        """Say which images were left out or could not be read."""
+        """Log which images could not be read."""
         bad = self.data.bad_images()
         if bad:
             some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
@@ -85,7 +85,7 @@ class ImageJob(Job[R]):
 
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:
-        """Bare timm weights without a classifier, as a safetensors file; the code that loads it has been tried."""
+        """Bare timm weights without a classifier, as a safetensors file; the code that loads it is tested."""
         if target.suffix != ".safetensors" or target.is_dir():
             raise UserError(f"the file to write must end in .safetensors, got {target}")
         return export_backbone(load_model_config(run), load_inputs(run), run, target)
@@ -107,10 +107,9 @@ def open_images(
 
 
 def file_names(images: Any, index: Sequence[int]) -> list[str] | None:
-    """The files of these images of a set; None where they are no files."""
-    found = [getattr(images, "file_name", lambda _: None)(i) for i in index]
-    names = [name for name in found if name is not None]
-    return names if len(names) == len(found) else None
+    """File names of the images at these indices; None where an image has no file."""
+    names = [getattr(images, "file_name", lambda _: None)(i) for i in index]
+    return [name for name in names if name is not None] if None not in names else None
 
 
 def load_inputs(run: RunFolder) -> InputSpec:
@@ -155,7 +154,7 @@ def _section(kind: type[Any], run: RunFolder, name: str) -> Any:
     try:
         return from_json(kind, run.config()[name], name)
     except KeyError:
-        raise UserError(f"{run.config_path} has no {name}: it is no run on images") from None
+        raise UserError(f"{run.config_path} has no {name}: it is not a run on images") from None
     except UserError as error:
         raise UserError(f"{run.config_path}: {error}") from error
 
@@ -196,7 +195,7 @@ def export_backbone(config: ModelConfig, spec: InputSpec, run: RunFolder, target
         save_file(weights, target, {"format": "pt", "model": config.name, "args": json.dumps(arguments)})
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {target}: {error}") from error
-    # The call that is returned has been made once.
+    # Test the call that is returned.
     timm.create_model(config.name, checkpoint_path=str(target), **arguments)
     call = ", ".join([repr(config.name), *(f"{name}={value!r}" for name, value in arguments.items())])
     head = call.replace("num_classes=0", "num_classes=10, pretrained=True")

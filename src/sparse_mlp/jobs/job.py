@@ -1,4 +1,4 @@
-"""What a kind of run is to the verbs: one class a kind, which knows how to build, finish, evaluate, report, predict."""
+"""The interface of a kind of run: one class that builds, finishes, evaluates, reports and predicts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What a job is built in, apart from its recipe."""
+    """What a job is built with besides its recipe."""
 
     run: RunFolder | None = None
-    """The folder of the run, where there is one already: what is stored in it (a split, say) is not drawn anew."""
+    """The folder of an existing run: what it stores (a split, for example) is used instead of a new draw."""
 
     trusted: bool = False
-    """The person at the keyboard named the data: sets that can execute or fetch something may be opened. What only a
-    run folder names is never trusted."""
+    """The user named the data: sets that can execute or fetch something may be opened. Data that only a run folder
+    names are not trusted."""
 
     datasets: tuple[Dataset, Dataset] | None = None
     """Training and test set of a user's own, in place of the set that the recipe names."""
@@ -66,11 +66,11 @@ class PredictOptions:
 
 
 class Job(ABC, Generic[R]):
-    """One run: a recipe, made into a task and its loaders.
+    """One run: the task and the loaders of a recipe.
 
     A subclass sets `recipe_type`, builds `task` and `loaders` in its constructor, and has `predict`; the rest has
-    defaults. The constructor raises UserError or OSError, one line, for whatever does not exist or fit: nothing has
-    been written by then. `sparse_mlp.jobs.register` makes the class known.
+    defaults. The constructor writes nothing, and raises UserError or OSError, one line, for what does not exist or fit.
+    `sparse_mlp.jobs.register` makes the class available to the verbs.
     """
 
     recipe_type: ClassVar[type[Recipe]]
@@ -91,7 +91,7 @@ class Job(ABC, Generic[R]):
 
     @classmethod
     def device_of(cls, recipe: R) -> str:
-        """The device that a recipe asks for."""
+        """The device that a recipe names."""
         return recipe.train.device  # type: ignore[attr-defined]
 
     def inputs(self) -> dict[str, Any]:
@@ -99,10 +99,10 @@ class Job(ABC, Generic[R]):
         return {}
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
-        """Make the trainer, before the run's folder is written. UserError if the recipe cannot be trained here."""
+        """Create the trainer, before the run's folder is written. UserError if the recipe cannot be trained here."""
         parts: dict[str, Any] = {name: getattr(self.recipe, name) for name in ("optim", "schedule", "train")}
         self.trainer = Trainer(self.task, self.loaders, **parts, run=run, device=device)
-        # Said now rather than by the first step: a batch that does not divide.
+        # Raises here, rather than in the first step, if the batch does not divide over the ranks.
         self.loaders.train(start_step=0, steps=0, rank=distributed.rank(), world_size=distributed.world_size())
 
     def fit(self, run: RunFolder, device: torch.device, *, resume: bool, show: bool) -> Evaluation:
@@ -122,7 +122,7 @@ class Job(ABC, Generic[R]):
 
     @classmethod
     def stored(cls, run: RunFolder) -> R:
-        """The recipe that a run folder was made with. UserError naming the file if it does not parse."""
+        """The recipe that a run folder was created with. UserError naming the file if it does not parse."""
         try:
             return from_json(cls.recipe_type, run.config())  # type: ignore[return-value]
         except UserError as error:
@@ -130,7 +130,7 @@ class Job(ABC, Generic[R]):
 
     @classmethod
     def eval_options(cls, run: RunFolder) -> EvalOptions:
-        """The options of an evaluation as they are if nothing is given."""
+        """The default options of an evaluation."""
         return cls.eval_options_type()
 
     @classmethod

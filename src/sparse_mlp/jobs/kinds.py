@@ -20,7 +20,7 @@ _KINDS: dict[str, str | type[Job]] = {
 
 
 def register(job: type[Job]) -> type[Job]:
-    """Make a kind of run known under its recipe's `kind`; usable as a decorator.
+    """Register a kind of run under its recipe's `kind`; usable as a decorator.
 
     ValueError if another class has that name.
     """
@@ -38,8 +38,8 @@ def job_type(kind: str) -> type[Job]:
         raise UserError(
             f"unknown kind of run {kind!r}; " + (f"nearest: {near[0]}" if near else f"known: {', '.join(_KINDS)}")
         )
-    found = _KINDS[kind]
-    if isinstance(found, str):
-        module, name = found.split(":")
-        found = _KINDS[kind] = getattr(importlib.import_module(module), name)
-    return found
+    job = _KINDS[kind]
+    if isinstance(job, str):
+        module, name = job.split(":")
+        job = _KINDS[kind] = getattr(importlib.import_module(module), name)
+    return job

@@ -1,4 +1,4 @@
-"""The nearest neighbours of a pre-trained backbone's features: an evaluation as a run, which trains nothing."""
+"""kNN classification with a pre-trained backbone's features: an evaluation as a run, without training."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.tasks import Classify, extract_features, weighted_knn
 from sparse_mlp.tasks.features import pooled_features
+from sparse_mlp.tasks.metrics import top_accuracies
 
 _log = logging.getLogger(__name__)
 
@@ -83,12 +84,7 @@ class KnnJob(ImageJob[KnnRecipe]):
         config = self.recipe.task
         votes = weighted_knn(features, labels, queries, len(self.data.classes), config.k, config.temperature)
         shares = votes / votes.sum(1, keepdim=True)
-        found = votes.topk(min(5, votes.shape[1]), dim=1).indices == target[:, None]
-        metrics = {
-            "top1": float(found[:, 0].double().mean()),
-            "top5": float(found.any(dim=1).double().mean()),
-            "images": len(target),
-        }
+        metrics = {**top_accuracies(votes, target), "images": len(target)}
         if distributed.is_main():
             with MetricsLog(run, 0, _log.warning) as log:
                 log.write("eval", 0, 0.0, 0.0, {"split": "test", **metrics, "ema": False})

@@ -25,13 +25,13 @@ from sparse_mlp.tasks.features import skip_final_norm
 
 _FROM_DATA = ("img_size", "in_chans", "num_classes")
 _FIELDS = {"checkpoint_path": "model.weights", "pretrained": "model.pretrained"}  # arguments with a field of their own
-_SHARES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
+_RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
 
 
 def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
-    """The timm model for such images, tried out on one.
+    """The timm model for images as `spec` describes them, after a trial forward pass.
 
-    ValueError, one line, for an unknown name (with the nearest ones), arguments the model does not take, an image size
+    UserError, one line, for an unknown name (with the nearest ones), arguments the model does not take, an image size
     it cannot have, or weights that do not fit.
     """
     check_model_name(config.name)
@@ -41,7 +41,7 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
     for name, value in config.args.items():
         if name in _FIELDS:
             raise UserError(f"model.args {name}={value!r} is not an argument of the model: use --{_FIELDS[name]}")
-        if name in _SHARES and not (isinstance(value, int | float) and 0 <= value < 1):
+        if name in _RATES and not (isinstance(value, int | float) and 0 <= value < 1):
             raise UserError(f"model.args {name}={value!r} is not a share in [0, 1)")
     arguments = dict(config.args) | {"in_chans": spec.channels, "num_classes": len(spec.classes)}
     published = get_pretrained_cfg(config.name)
@@ -51,10 +51,10 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
         with warnings.catch_warnings():  # an image smaller than a patch: said below, in one line
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
             model = timm.create_model(config.name, pretrained=config.pretrained, **arguments)
-        _try_out(model, config.name, spec)
+        _check_forward(model, config.name, spec)
     except UserError:
         raise
-    # What a model raises for an argument that it cannot use is its own affair.
+    # Models differ in what they raise for an argument that they cannot use.
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"model {config.name}: {_explain(error, config.name)}") from error
     if not config.final_norm:
@@ -87,7 +87,7 @@ def _nearest_models(name: str) -> list[str]:
 
 
 def check_model_name(name: str) -> None:
-    """ValueError with the nearest names if timm has no model of this name."""
+    """UserError with the nearest names if timm has no model of this name."""
     if ":" in name or timm.is_model(name):  # hf-hub:..., local-dir:...
         return
     near = _nearest_models(name)
@@ -96,8 +96,8 @@ def check_model_name(name: str) -> None:
 
 
 @torch.no_grad()
-def _try_out(model: nn.Module, name: str, spec: InputSpec) -> None:
-    """One black image through the model, so that what does not fit is said before the training begins."""
+def _check_forward(model: nn.Module, name: str, spec: InputSpec) -> None:
+    """Run one black image through the model, so that an error comes before the training begins."""
     for layer in model.modules():
         if isinstance(layer, PatchEmbed) and any(spec.image_size % side for side in layer.patch_size):
             patch = layer.patch_size[0]

@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The network; features and classes come from the data."""
+    """The network; the numbers of features and classes come from the data."""
 
     hidden_dim: int = 256
     """Width of the hidden layer and the embedding."""
@@ -155,9 +155,9 @@ class NodesJob(Job[NodesRecipe]):
         elif distributed.on_main(path.is_file):
             return _read_probabilities(path, self.graph)
         recipe = self.recipe
-        found = train_teacher(self.graph, recipe.teacher, recipe.train, run, device, resume=resume, show=show)
-        distributed.on_main(lambda: _write_probabilities(path, found))
-        return found
+        probabilities = train_teacher(self.graph, recipe.teacher, recipe.train, run, device, resume=resume, show=show)
+        distributed.on_main(lambda: _write_probabilities(path, probabilities))
+        return probabilities
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
         write_predictions_csv(run.path / "predictions.csv", evaluation.predictions)
@@ -197,7 +197,7 @@ class NodesJob(Job[NodesRecipe]):
 
     @classmethod
     def report(cls, run: RunFolder, context: Context | None = None) -> Path:
-        """The page of a run, finished or not; test nodes are shown where there are weights and the graph is found."""
+        """The page of a run, finished or not; test nodes are shown where weights and the graph are available."""
         if not run.metrics_path.is_file():
             raise UserError(f"{run.path} has nothing to report yet: the training has not begun")
         recipe, inputs = cls.stored(run), read_inputs(run)
@@ -227,9 +227,9 @@ class NodesJob(Job[NodesRecipe]):
         model = _load_network(run, recipe)
         target.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), target)
-        given = {name: value for name, value in vars(recipe.model).items() if value != getattr(NetworkConfig, name)}
+        changed = {name: value for name, value in vars(recipe.model).items() if value != getattr(NetworkConfig, name)}
         values = [str(inputs["num_features"]), str(inputs["num_classes"])]
-        values += [f"{name}={value!r}" for name, value in given.items()]
+        values += [f"{name}={value!r}" for name, value in changed.items()]
         lines = [
             "import safetensors.torch",
             "from sparse_mlp.models.graph_mlp import GraphMlp",
@@ -265,7 +265,7 @@ def build_network(config: NetworkConfig, features: int, classes: int) -> GraphMl
 
 
 def read_inputs(run: RunFolder) -> dict[str, Any]:
-    """What the run's graph was like. FileNotFoundError if the run has not begun."""
+    """Sizes and name of the run's graph. FileNotFoundError if the run has not begun."""
     path = run.path / INPUTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run has not begun")
@@ -297,13 +297,14 @@ def _read_probabilities(path: Path, graph: Graph) -> np.ndarray:
     """UserError if the file is damaged or of another graph."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = file["probabilities"]
+            probabilities = file["probabilities"]
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path}: not the probabilities of a teacher ({error}); without the file it is trained again"
         ) from error
-    if found.shape != (graph.num_nodes, graph.num_classes) or not np.isfinite(found).all():
+    if probabilities.shape != (graph.num_nodes, graph.num_classes) or not np.isfinite(probabilities).all():
         raise UserError(
-            f"{path}: probabilities of shape {found.shape} for {graph.num_nodes} nodes of {graph.num_classes} classes"
+            f"{path}: probabilities of shape {probabilities.shape} for {graph.num_nodes} nodes of {graph.num_classes} "
+            "classes"
         )
-    return found
+    return probabilities

@@ -1,4 +1,4 @@
-"""What a run is: a frozen dataclass a kind, every field a command-line option and a line of the run's config.json."""
+"""Recipes: a frozen dataclass for each kind of run; every field is a command-line option and is in config.json."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import pydantic
 import tyro
 
+from sparse_mlp.engine import LENGTHS
 from sparse_mlp.errors import UserError
 
 R = TypeVar("R", bound="Recipe")
 T = TypeVar("T")
 
-LENGTHS = ("epochs", "steps", "minutes")
 _LEARNING_RATES = (("optim", "lr"), ("schedule", "warmup_lr"), ("schedule", "min_lr"))
 
 
@@ -81,7 +81,7 @@ class Recipe:
     """Name of the kind of run, as in `sparse_mlp.jobs`; config.json holds it."""
 
     name: str = "custom"
-    """What the run folder is called if --out does not say."""
+    """Name of the run folder where --out is not given."""
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def override(recipe: R, changes: Mapping[str, Any]) -> R:
     """The recipe with other values in some fields: `override(recipe, {"train": {"epochs": 2}, "name": "mine"})`.
 
-    What depends on the changed fields follows, as `settle` has it. UserError for an unknown field or a wrong value.
+    What depends on the changed fields follows, see `adjust_dependent`. UserError for an unknown field or a wrong value.
     """
     values = to_json(recipe)
     for name, change in changes.items():
@@ -134,31 +134,31 @@ def override(recipe: R, changes: Mapping[str, Any]) -> R:
             values[name] = {**values[name], **change}
         else:
             values[name] = dataclasses.asdict(change) if dataclasses.is_dataclass(change) else change  # type: ignore[arg-type]
-    return settle(recipe, from_json(type(recipe), json.loads(json.dumps(values))))
+    return adjust_dependent(recipe, from_json(type(recipe), json.loads(json.dumps(values))))
 
 
-def settle(default: R, given: R) -> R:
-    """`given`, which is `default` with some fields changed by a user, with what follows from these changes.
+def adjust_dependent(default: R, given: R) -> R:
+    """`given`, which is `default` with a user's changes, after the fields that depend on these are adjusted.
 
     - One of train.epochs, steps and minutes replaces the recipe's own.
     - Learning rates that were not given follow the batch size in proportion.
     - Model arguments join the recipe's as long as the model is the same, and are dropped with another model.
     """
-    given = _settle_length(default, given)
-    given = _settle_rates(default, given)
-    return _settle_model(default, given)
+    given = _adjust_length(default, given)
+    given = _adjust_learning_rates(default, given)
+    return _adjust_model_args(default, given)
 
 
-def _settle_length(default: R, given: R) -> R:
+def _adjust_length(default: R, given: R) -> R:
     train, before = getattr(given, "train", None), getattr(default, "train", None)
     changed = [name for name in LENGTHS if getattr(train, name, None) != getattr(before, name, None)]
     if train is None or len(changed) != 1 or getattr(train, changed[0]) is None:
         return given
-    shortened: Any = {"train": replace(train, **{name: None for name in LENGTHS if name != changed[0]})}
-    return replace(given, **shortened)
+    changes: Any = {"train": replace(train, **{name: None for name in LENGTHS if name != changed[0]})}
+    return replace(given, **changes)
 
 
-def _settle_rates(default: R, given: R) -> R:
+def _adjust_learning_rates(default: R, given: R) -> R:
     size, before = (getattr(getattr(recipe, "data", None), "batch_size", None) for recipe in (given, default))
     optim = getattr(given, "optim", None)
     if not size or not before or size == before or not optim or optim.lr != default.optim.lr:  # type: ignore[attr-defined]
@@ -170,7 +170,7 @@ def _settle_rates(default: R, given: R) -> R:
     return given
 
 
-def _settle_model(default: R, given: R) -> R:
+def _adjust_model_args(default: R, given: R) -> R:
     model, before = getattr(given, "model", None), getattr(default, "model", None)
     if not isinstance(model, ModelConfig) or not isinstance(before, ModelConfig):
         return given

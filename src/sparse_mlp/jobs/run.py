@@ -1,4 +1,4 @@
-"""A run from its start to its end, whatever its kind, and afterwards: the same for the command and for Python."""
+"""Start, resume and use a run of any kind; the commands and the Python API share these functions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
-from sparse_mlp.engine import Evaluation, RunFolder, check_longer
+from sparse_mlp.engine import LENGTHS, Evaluation, RunFolder, check_longer
 from sparse_mlp.engine.run import naming, write_json
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import Context, Job, Row
 from sparse_mlp.jobs.kinds import job_type
-from sparse_mlp.jobs.recipe import LENGTHS, Recipe, differences, override, to_json
+from sparse_mlp.jobs.recipe import Recipe, differences, override, to_json
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that the run was made with."""
+        """The recipe that the run was started with."""
         return self.job.stored(self.folder)
 
     @property
@@ -123,10 +123,10 @@ def resume(
     """
     run = Run(Path(path))
     stored = run.recipe
-    asked = changes if isinstance(changes, Recipe) else override(stored, changes or {})
-    check_resume(run.path, stored, asked)
+    requested = changes if isinstance(changes, Recipe) else override(stored, changes or {})
+    check_resume(run.path, stored, requested)
     context = Context(run.folder, trusted=trusted, datasets=datasets)
-    return _start(asked, context, run.path, resume=True, show=show)
+    return _start(requested, context, run.path, resume=True, show=show)
 
 
 def check(recipe: Recipe, out: Path) -> None:
@@ -140,11 +140,11 @@ def _start(recipe: Recipe, context: Context, out: Path | None, *, resume: bool, 
     kind = job_type(recipe.kind)
     # The device is known before the job is built, so that all ranks build it as one group.
     with distributed.join(kind.device_of(recipe)) as device:
-        # Decided by one rank: the others may look when it has made the folder already.
+        # Chosen by one rank: the others could see the folder that it has already created.
         run = RunFolder(distributed.on_main(lambda: choose_folder(recipe.name, out, resume)))
         job = kind(recipe, context)
         job.prepare(run, device)
-        # Only now, so that a recipe that cannot be trained leaves no folder.
+        # Written after `prepare`, so that a recipe that cannot be trained leaves no folder.
         distributed.on_main(lambda: _write_start(run, job, resume))
         evaluation = job.fit(run, device, resume=resume, show=show)
         distributed.on_main(lambda: _finish(run, job, evaluation))
@@ -163,7 +163,7 @@ def _write_start(run: RunFolder, job: Job, resume: bool) -> None:
 
 
 def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
-    """The last weights, predictions, results and report of a run into its folder."""
+    """Write the final weights, predictions, results and report into the run folder."""
     if run.has_checkpoint():
         _link(run.weights(), run.path / "model.safetensors")
     temporary = run.path / ".predictions.tmp.npz"
@@ -176,41 +176,41 @@ def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
     _log.info(f"{job.summary(evaluation)}; report: {page}")
 
 
-def check_resume(folder: Path, stored: Recipe, asked: Recipe) -> None:
+def check_resume(folder: Path, stored: Recipe, requested: Recipe) -> None:
     """UserError if a run would go on with other settings than it began with, or longer than its schedule allows."""
     free = job_type(stored.kind).free | {f"train.{name}" for name in LENGTHS}
-    changed = {name: values for name, values in differences(stored, asked).items() if name not in free}
+    changed = {name: values for name, values in differences(stored, requested).items() if name not in free}
     if changed:
         listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in list(changed.items())[:5])
         raise UserError(f"{folder} cannot be resumed with another configuration: {listed}")
-    is_longer(stored, asked)
+    is_longer(stored, requested)
 
 
-def is_longer(stored: Recipe, asked: Recipe) -> bool:
+def is_longer(stored: Recipe, requested: Recipe) -> bool:
     """Whether a run becomes longer. UserError if its schedule does not allow that, or if it becomes shorter."""
-    train = getattr(asked, "train", None)
+    train = getattr(requested, "train", None)
     if train is None:
         return False
-    return check_longer(asdict(stored.train), asdict(train), asked.schedule.sched)  # type: ignore[attr-defined]
+    return check_longer(asdict(stored.train), asdict(train), requested.schedule.sched)  # type: ignore[attr-defined]
 
 
 def choose_folder(name: str, folder: Path | None, resume: bool) -> Path:
-    """The folder asked for, else runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist."""
+    """The requested folder, else runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist."""
     if folder is None:
         tries = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
         return next(path for path in tries if not path.exists())
     if not folder.name:  # "" and ".": the run's dozen files would lie among others
         raise UserError(f"--out {str(folder)!r} names no folder of its own")
-    in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
-    if in_the_way is not None:
-        raise FileExistsError(f"{folder} cannot be a run folder: {in_the_way} is a file")
+    blocking = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if blocking is not None:
+        raise FileExistsError(f"{folder} cannot be a run folder: {blocking} is a file")
     if not resume and RunFolder(folder).is_begun():
         raise FileExistsError(f"{folder} holds a run already; go on with --resume {folder} or name another --out")
     return folder
 
 
 def _link(source: Path, target: Path) -> None:
-    """The final weights under a lasting name; no second copy on the disk where the file system can do without."""
+    """Hard-link the final weights under a fixed name; copy them where the file system has no links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

@@ -1,7 +1,7 @@
 """Complete configurations by name: each a function that returns a recipe and says in its docstring what to expect.
 
-A function that takes an argument is given what the user said so far, and fits the rest to it: the weights to begin
-with, or the images. The name of any timm model is a recipe too; see `own_images`.
+A function with an argument gets the recipe with the user's changes, and fits the other fields to the weights and the
+images that it names. The name of any timm model is a recipe too; see `own_images`.
 """
 
 from __future__ import annotations
@@ -97,17 +97,17 @@ def get(name: str, given: Any = None) -> Recipe:
         return function(given) if given is not None and inspect.signature(function).parameters else function()
     if timm.is_model(name):
         default = ClassifyRecipe(name=name, model=ModelConfig(name), data=DataConfig(pretrained.NOT_GIVEN))
-        return own_images.recipe(default, given) if given is not None else default
+        return own_images.fit_to_images(default, given) if given is not None else default
     near = difflib.get_close_matches(name, [*RECIPES, *registered_names()], n=3, cutoff=0.4)
     near = near or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
     known = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(RECIPES)}, and the models of timm"
     raise UserError(f"unknown recipe {name!r}; {known}")
 
 
-def fit(name: str, change: Callable[[Recipe], Recipe]) -> Recipe:
-    """The recipe of that name with a user's changes, which may decide what the rest of it is.
+def resolve(name: str, change: Callable[[Recipe], Recipe]) -> Recipe:
+    """The recipe of that name with a user's changes; the other fields may depend on these changes.
 
-    `change` puts the changes into a recipe; it is called once to see what is given, and once more for the result.
+    `change` applies the changes to a recipe. It is called twice: to learn what the user gave, and for the result.
     """
     return change(get(name, change(get(name))))
 
@@ -118,7 +118,7 @@ def recipe(name: str, /, **changes: Any) -> Recipe:
     What depends on the changed fields follows: one length replaces the other, learning rates follow the batch size.
     UserError with the nearest names for an unknown recipe or field, or a wrong value.
     """
-    return fit(name, lambda default: override(default, changes))
+    return resolve(name, lambda default: override(default, changes))
 
 
-__all__ = ["RECIPES", "fit", "get", "recipe"]
+__all__ = ["RECIPES", "get", "recipe", "resolve"]

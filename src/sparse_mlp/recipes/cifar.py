@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 from scratch, 32x32 pixels, in a budget of minutes.
 
-The models have no Re-represent layers, and a channel MLP as wide as they are themselves: so small, what these layers
-cost is more than they save, and many cheap steps are worth more than few dear ones (experiments/headline).
+The models have no Re-represent layers, and a channel MLP as wide as the embedding: in a model this small these layers
+cost more than they save, and many cheap steps give more accuracy than few expensive ones (experiments/headline).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a data set is like, as far as a recipe's settings depend on it, and the settings that follow."""
+"""The properties of a data set that a recipe's settings depend on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sparse_mlp.jobs import Context
 from sparse_mlp.jobs.images import open_images
 
 SMALL = 64
-"""Side in pixels below which an image has no room for crops of a twelfth of it, RandAugment or erasing."""
+"""Side in pixels below which images are too small for crops of 8 % of their area, RandAugment and erasing."""
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetFacts:
     """Number of training images and classes, side in pixels, colour channels."""
 
     images: int
@@ -30,13 +30,13 @@ class Facts:
         return self.channels == 1
 
     def batch_size(self, largest: int) -> int:
-        """A power of two: at most `largest`, and at least 16 batches an epoch where there are images enough."""
+        """A power of two: at most `largest`, and small enough for 16 batches an epoch, but not below 8."""
         size = min(largest, max(8, self.images // 16))
         return 2 ** (size.bit_length() - 1)
 
 
-def look_at(data: DataConfig) -> Facts:
-    """Open a set that the user named and count. UserError or OSError as `build_datasets`."""
-    found = open_images(data, AugmentConfig(), Context(trusted=True))
-    spec = found.spec
-    return Facts(len(found.train), len(spec.classes), spec.image_size, spec.channels)  # type: ignore[arg-type]
+def inspect_dataset(data: DataConfig) -> DatasetFacts:
+    """Open a set that the user named. UserError or OSError as `build_datasets`."""
+    images = open_images(data, AugmentConfig(), Context(trusted=True))
+    spec = images.spec
+    return DatasetFacts(len(images.train), len(spec.classes), spec.image_size, spec.channels)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Any timm model on images of your own: `sparse-mlp train cycle_mlp_b1 --data.root photos/`.
 
 The settings follow from the folder: image size and channels from a sample of its files, batch and length from how many
-images it has, augmentation from both; published weights are taken where there are any and they can be fetched. They are
-starting points that hold for some dozens to some tens of thousands of images, not the result of a search.
+images it has, augmentation from both; published weights are used where they exist and can be fetched. The settings are
+starting points for some dozens to some tens of thousands of images, not the result of a search.
 """
 
 from __future__ import annotations
@@ -28,47 +28,48 @@ from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Context
 from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.jobs.images import file_names, open_images
-from sparse_mlp.recipes.facts import Facts
+from sparse_mlp.recipes.facts import DatasetFacts
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 _log = logging.getLogger(__name__)
 
-_SAMPLE = 64  # files whose size and colours are looked at
-_IMAGES_SEEN = 15_000  # images that a run from scratch sees, all epochs together, unless it is short or long
-_CPU_SIDE = 128  # pixels: larger images take hours without a GPU
-_GREY = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L")
+_SAMPLED_FILES = 64  # whose size and colours are read
+_IMAGES_SEEN = 15_000  # images that a run from scratch sees, all epochs together, between the limits on the epochs
+_MAX_SIDE_ON_CPU = 128  # pixels: larger images take hours without a GPU
+_GREY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L")
 
 
-def recipe(default: ClassifyRecipe, given: ClassifyRecipe) -> ClassifyRecipe:
-    """The settings for the model on the images that are given. UserError if none are named."""
+def fit_to_images(default: ClassifyRecipe, given: ClassifyRecipe) -> ClassifyRecipe:
+    """The settings for the model on the images that the user named. UserError if none are named."""
     if given.data.root is None and given.data.name == default.data.name:
         raise UserError(f"which images? {default.name} is a model: --data.root FOLDER, or --data.name SET")
     data = given.data
     if data.root is not None and data.name == default.data.name:
         data = replace(data, name="folder")
-    found = open_images(replace(data, batch_size=1), AugmentConfig(), Context(trusted=True))
-    images = len(found.train)  # type: ignore[arg-type]
+    images = open_images(replace(data, batch_size=1), AugmentConfig(), Context(trusted=True))
+    count = len(images.train)  # type: ignore[arg-type]
     model = replace(given.model, pretrained=given.model.weights is None and _can_fetch(given.model.name))
-    begun = model.pretrained or model.weights is not None
-    names = file_names(found.train, range(0, images, max(1, images // _SAMPLE)))
+    from_weights = model.pretrained or model.weights is not None
+    names = file_names(images.train, range(0, count, max(1, count // _SAMPLED_FILES)))
     files = [Path(data.root or "", name) for name in names or ()]
-    side, grey = _measure(files) if files else (found.spec.image_size, found.spec.channels == 1)
-    size = data.image_size or _image_size(given.model.name, side, begun)
+    side, grey = _median_side(files) if files else (images.spec.image_size, images.spec.channels == 1)
+    size = data.image_size or _image_size(given.model.name, side, from_weights)
     channels = data.channels or (1 if grey else 3)
-    facts = Facts(images, len(found.classes), size, channels)
-    made = _settings(facts, begun)
-    made = replace(
-        made,
+    facts = DatasetFacts(count, len(images.classes), size, channels)
+    recipe = _settings(facts, from_weights)
+    batch_size = recipe.data.batch_size
+    recipe = replace(
+        recipe,
         name=default.name,
         model=replace(default.model, pretrained=model.pretrained),
-        data=replace(default.data, name=data.name, image_size=size, channels=channels, batch_size=made.data.batch_size),
+        data=replace(default.data, name=data.name, image_size=size, channels=channels, batch_size=batch_size),
     )
-    _describe(made, facts, data.root or data.name)
-    return made
+    _log_settings(recipe, facts, data.root or data.name)
+    return recipe
 
 
-def _settings(facts: Facts, begun: bool) -> ClassifyRecipe:
-    """Batch, length, rates and augmentation; `begun` if the model starts from trained weights."""
+def _settings(facts: DatasetFacts, from_weights: bool) -> ClassifyRecipe:
+    """Batch, length, rates and augmentation; `from_weights` if the model starts from trained weights."""
     batch = facts.batch_size(64 if not torch.cuda.is_available() else 256)
     epochs = min(100, max(10, round(_IMAGES_SEEN / facts.images)))
     augment = AugmentConfig(flip=0.0 if facts.grey else 0.5, pad=facts.image_size // 8 if facts.small else 0)
@@ -80,13 +81,13 @@ def _settings(facts: Facts, begun: bool) -> ClassifyRecipe:
         data=DataConfig(batch_size=batch),
         augment=augment,
         task=ClassifyConfig(smoothing=0.1),
-        optim=OptimConfig(lr=(1e-4 if begun else 1e-3) * max(1, batch / 32) ** 0.5, weight_decay=0.05),
+        optim=OptimConfig(lr=(1e-4 if from_weights else 1e-3) * max(1, batch / 32) ** 0.5, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_epochs=epochs / 10),
-        train=TrainConfig(epochs=max(10, epochs // 3) if begun else epochs, clip_grad=1.0),
+        train=TrainConfig(epochs=max(10, epochs // 3) if from_weights else epochs, clip_grad=1.0),
     )
 
 
-def _measure(files: Sequence[Path]) -> tuple[int, bool]:
+def _median_side(files: Sequence[Path]) -> tuple[int, bool]:
     """The median of the files' shorter sides in pixels, and whether all of them are grey."""
     sides, modes = [], set()
     for file in files:
@@ -96,28 +97,28 @@ def _measure(files: Sequence[Path]) -> tuple[int, bool]:
                 modes.add(image.mode)
         except OSError:  # named when it is read
             continue
-    return (round(statistics.median(sides)), modes <= set(_GREY)) if sides else (224, False)
+    return (round(statistics.median(sides)), modes <= set(_GREY_MODES)) if sides else (224, False)
 
 
-def _image_size(name: str, side: int, begun: bool) -> int:
-    """The model's own size where it takes no other, has seen it, or there is a GPU; else less, in steps of 32."""
+def _image_size(name: str, side: int, from_weights: bool) -> int:
+    """The model's own size with trained weights or where it is fixed; else close to the images', a multiple of 32."""
     published = get_pretrained_cfg(name)
     own = published.input_size[-1] if published else 224
-    if begun or (published is not None and published.fixed_input_size and side >= own):
+    if from_weights or (published is not None and published.fixed_input_size and side >= own):
         return own
-    most = own if torch.cuda.is_available() else min(own, _CPU_SIDE)
-    return max(32, round(min(most, side) / 32) * 32)
+    limit = own if torch.cuda.is_available() else min(own, _MAX_SIDE_ON_CPU)
+    return max(32, round(min(limit, side) / 32) * 32)
 
 
 def _can_fetch(name: str) -> bool:
-    """Whether the weights that timm publishes for a model can be had here: from its cache, or its address."""
+    """Whether the weights that timm publishes for a model are in its cache or can be downloaded."""
     published = get_pretrained_cfg(name)
     if published is None or not published.has_weights:
         return False
     try:
-        _reach(published)
+        _check_reachable(published)
         timm.create_model(name, pretrained=True)
-    except Exception as error:  # whatever the hub's client makes of a missing network
+    except Exception as error:  # the hub's client raises different types without a network
         reason = (str(error) or type(error).__name__).splitlines()[0]
         _log.warning(
             "the published weights of %s cannot be fetched here, the training starts from scratch: %s", name, reason
@@ -126,8 +127,8 @@ def _can_fetch(name: str) -> bool:
     return True
 
 
-def _reach(published: PretrainedCfg) -> None:
-    """OSError at once if the weights are not cached and their host is out of reach: its client tries for a minute."""
+def _check_reachable(published: PretrainedCfg) -> None:
+    """OSError within seconds if the weights are neither cached nor reachable; the hub's client takes a minute."""
     if published.hf_hub_id:
         cached = isinstance(try_to_load_from_cache(published.hf_hub_id, "model.safetensors"), str)
         host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
@@ -139,23 +140,23 @@ def _reach(published: PretrainedCfg) -> None:
         socket.create_connection((host, 443), timeout=5).close()
 
 
-def _describe(made: ClassifyRecipe, facts: Facts, where: str) -> None:
-    begun = "published weights" if made.model.pretrained else made.model.weights or "from scratch"
-    varied = [name for name, value in vars(made.augment).items() if value != getattr(AugmentConfig(), name)]
+def _log_settings(recipe: ClassifyRecipe, facts: DatasetFacts, source: str) -> None:
+    start = "published weights" if recipe.model.pretrained else recipe.model.weights or "from scratch"
+    changed = [name for name, value in vars(recipe.augment).items() if value != getattr(AugmentConfig(), name)]
     _log.info(
         "%s on %s: %s training images, %s classes, %s x %s pixels, %s; %s; batch %s, %g epochs, warm-up %g, "
         "learning rate %.2g; augmentation: %s. Each is an option: --data.image-size, --train.epochs, ...",
-        made.model.name,
-        where,
+        recipe.model.name,
+        source,
         facts.images,
         facts.classes,
         facts.image_size,
         facts.image_size,
         "grey" if facts.grey else "colour",
-        begun,
-        made.data.batch_size,
-        made.train.epochs,
-        made.schedule.warmup_epochs,
-        made.optim.lr,
-        ", ".join(varied) or "none",
+        start,
+        recipe.data.batch_size,
+        recipe.train.epochs,
+        recipe.schedule.warmup_epochs,
+        recipe.optim.lr,
+        ", ".join(changed) or "none",
     )

@@ -26,22 +26,22 @@ def _name_margin(names: Sequence[str]) -> float:
 
 
 @styled
-def class_accuracy_figure(found: ClassAccuracy, classes: Sequence[str], mean: float) -> Figure:
+def class_accuracy_figure(stats: ClassAccuracy, classes: Sequence[str], mean: float) -> Figure:
     """Draw the accuracy of each class with its 95 % interval, best on top; of many classes the worst."""
-    many = len(found.order) > MANY_CLASSES
-    shown = found.order[-WORST_BARS:] if many else found.order
+    many = len(stats.order) > MANY_CLASSES
+    shown = stats.order[-WORST_BARS:] if many else stats.order
     names = [clip(classes[c], _NAME_WIDTH) for c in shown]
     height = 0.98 + 0.175 * max(len(shown), 4)
     figure, axes = panel(5.6, height, left=_name_margin(names), right=0.62)
-    low = min(float(found.low[shown].min()), mean) if len(shown) else 0.0
+    low = min(float(stats.low[shown].min()), mean) if len(shown) else 0.0
     start = np.floor(max(0.0, low - 0.02) * 20) / 20
     for row, c in enumerate(shown):
-        axes.plot([start, found.accuracy[c]], [row, row], color=GRID, linewidth=0.8)
+        axes.plot([start, stats.accuracy[c]], [row, row], color=GRID, linewidth=0.8)
         axes.plot(
-            [found.low[c], found.high[c]], [row, row], color=BLUE, linewidth=3.2, alpha=0.3, solid_capstyle="butt"
+            [stats.low[c], stats.high[c]], [row, row], color=BLUE, linewidth=3.2, alpha=0.3, solid_capstyle="butt"
         )
-        axes.plot(found.accuracy[c], row, "o", color=BLUE, markersize=4, clip_on=False)
-        axes.text(1.015, row, f"{100 * found.accuracy[c]:.1f} %", transform=axes.get_yaxis_transform(), va="center")
+        axes.plot(stats.accuracy[c], row, "o", color=BLUE, markersize=4, clip_on=False)
+        axes.text(1.015, row, f"{100 * stats.accuracy[c]:.1f} %", transform=axes.get_yaxis_transform(), va="center")
     axes.axvline(mean, color=ORANGE, linewidth=1.0)
     axes.set_yticks(range(len(shown)), names, color=INK)
     axes.set_ylim(len(shown) - 0.4, -0.6)
@@ -50,15 +50,15 @@ def class_accuracy_figure(found: ClassAccuracy, classes: Sequence[str], mean: fl
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_formatter(FuncFormatter(percent))
     axes.xaxis.set_major_locator(round_ticks(5))
-    title(axes, f"Accuracy per class: the {len(shown)} worst of {len(found.order)}" if many else "Accuracy per class")
+    title(axes, f"Accuracy per class: the {len(shown)} worst of {len(stats.order)}" if many else "Accuracy per class")
     return figure
 
 
 @styled
-def class_profile_figure(found: ClassAccuracy, mean: float) -> Figure:
+def class_profile_figure(stats: ClassAccuracy, mean: float) -> Figure:
     """Draw the accuracies of all classes in falling order: how even a model with many classes is."""
     figure, axes = panel(5.6, 2.6)
-    values = found.accuracy[found.order]
+    values = stats.accuracy[stats.order]
     axes.fill_between(np.arange(1, len(values) + 1), values, color=BLUE, alpha=0.15, linewidth=0)
     axes.plot(np.arange(1, len(values) + 1), values, color=BLUE)
     axes.axhline(mean, color=ORANGE, linewidth=1.0)
@@ -109,19 +109,19 @@ def confusion_figure(confusion: Ints, classes: Sequence[str]) -> Figure:
 
 
 @styled
-def calibration_figure(found: Calibration) -> Figure:
+def calibration_figure(bins: Calibration) -> Figure:
     """Draw accuracy against the probability given, with the number of images in each bin below."""
     figure, axes = panel(5.6, 2.6)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-    known = found.images > 0
-    share = found.images / max(1, found.images.sum())
-    width = found.edges[1] - found.edges[0]
-    axes.bar(found.edges[:-1] + width / 2, share, width=0.9 * width, color=GRID)
-    axes.plot(found.confidence[known], found.accuracy[known], color=BLUE, marker="o", markersize=3)
+    known = bins.images > 0
+    share = bins.images / max(1, bins.images.sum())
+    width = bins.edges[1] - bins.edges[0]
+    axes.bar(bins.edges[:-1] + width / 2, share, width=0.9 * width, color=GRID)
+    axes.plot(bins.confidence[known], bins.accuracy[known], color=BLUE, marker="o", markersize=3)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_formatter(FuncFormatter(percent))
     axes.yaxis.set_major_formatter(FuncFormatter(percent))
-    title(axes, f"Calibration: expected error {plain(round(100 * found.error, 1))} %")
+    title(axes, f"Calibration: expected error {plain(round(100 * bins.error, 1))} %")
     axes.set_xlabel("probability of the predicted class")
     return figure

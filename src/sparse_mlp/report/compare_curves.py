@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from sparse_mlp.report.curves import percent, plain, round_ticks, smooth, thin, time_unit
 from sparse_mlp.report.predictions import Floats
-from sparse_mlp.report.run import Run, Series
+from sparse_mlp.report.run import RunData, Series
 from sparse_mlp.report.style import RUN_STYLES, clip, panel, styled
 from sparse_mlp.report.style import title as set_title
 
@@ -25,15 +25,15 @@ class Group:
     """Runs that differ in nothing but their seed; `macs` are the multiply-adds of an image, None where unknown."""
 
     name: str
-    runs: list[Run]
+    runs: list[RunData]
     macs: int | None
 
-    def run_name(self, run: Run) -> str:
+    def run_name(self, run: RunData) -> str:
         """Return the name of one of the runs."""
         return self.name if len(self.runs) == 1 else f"{self.name}, {run.name}"
 
 
-def compute(run: Run, steps: Floats, macs: int | None, passes: float = 3.0) -> Floats | None:
+def compute(run: RunData, steps: Floats, macs: int | None, passes: float = 3.0) -> Floats | None:
     """Return the multiply-adds of training up to each step: images seen x forward x passes. None where unknown.
 
     A backward pass costs two forward passes, one product for the inputs and one for the weights: three in all.
@@ -50,7 +50,7 @@ class Scale:
     name: str
     title: str
     label: str
-    x: Callable[[Group, Run, Series], Floats | None]
+    x: Callable[[Group, RunData, Series], Floats | None]
 
 
 def scales(groups: Sequence[Group]) -> list[Scale]:
@@ -65,7 +65,7 @@ def scales(groups: Sequence[Group]) -> list[Scale]:
     if known:
         size, name = next((pair for pair in _COMPUTE_UNITS if max(known) >= pair[0]), _COMPUTE_UNITS[-1])
 
-        def spent(group: Group, run: Run, series: Series) -> Floats | None:
+        def spent(group: Group, run: RunData, series: Series) -> Floats | None:
             total = compute(run, series.step, group.macs)
             return None if total is None else total / size
 
@@ -90,7 +90,7 @@ class Quantity:
     name: str
     title: str
     ticks: Callable[..., str]
-    series: Callable[[Run], Series]
+    series: Callable[[RunData], Series]
     keys: tuple[str, ...]
 
     def line(self, group: Group, scale: Scale) -> Line | None:

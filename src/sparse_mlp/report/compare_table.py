@@ -12,7 +12,7 @@ from typing import Any
 from sparse_mlp.report.analysis import balance
 from sparse_mlp.report.compare_curves import Group
 from sparse_mlp.report.page import NONE, TIMES, count, duration
-from sparse_mlp.report.run import Run
+from sparse_mlp.report.run import RunData
 
 # What may differ between the runs of one group: the seed, and where and how often something is written or computed.
 _FREE = ("seed", "device", "threads", "log_every", "eval_every", "save_every", "keep_checkpoints")
@@ -20,25 +20,25 @@ _FREE = ("seed", "device", "threads", "log_every", "eval_every", "save_every", "
 _NUMBERS = ("top1", "steps", "parameters", "multiply_adds", "items_per_s", "seconds", "busiest_expert", "idle_experts")
 
 
-def group_runs(runs: Sequence[Run], macs: Sequence[int | None]) -> list[Group]:
+def group_runs(runs: Sequence[RunData], macs: Sequence[int | None]) -> list[Group]:
     """Return the runs by recipe, in the order given: runs whose configurations differ in nothing but the seed."""
-    found: list[tuple[dict[str, Any], list[Run], list[int | None]]] = []
+    grouped: list[tuple[dict[str, Any], list[RunData], list[int | None]]] = []
     for run, cost in zip(runs, macs, strict=True):
         recipe = _recipe(run)
-        same = next((entry for entry in found if entry[0] == recipe), None)
+        same = next((entry for entry in grouped if entry[0] == recipe), None)
         if same is None:
-            found.append((recipe, [run], [cost]))
+            grouped.append((recipe, [run], [cost]))
         else:
             same[1].append(run)
             same[2].append(cost)
-    titles = [str(recipe.get("name") or "") if len(own) > 1 else own[0].name for recipe, own, _ in found]
+    titles = [str(recipe.get("name") or "") if len(own) > 1 else own[0].name for recipe, own, _ in grouped]
     return [
         Group(_distinct(title, titles, own), own, next((cost for cost in costs if cost is not None), None))
-        for title, (_, own, costs) in zip(titles, found, strict=True)
+        for title, (_, own, costs) in zip(titles, grouped, strict=True)
     ]
 
 
-def _recipe(run: Run) -> dict[str, Any]:
+def _recipe(run: RunData) -> dict[str, Any]:
     """Return the configuration without what does not make another recipe."""
     config = deepcopy(run.config)
     for part in [config, config.get("train")]:
@@ -48,7 +48,7 @@ def _recipe(run: Run) -> dict[str, Any]:
     return config
 
 
-def _distinct(title: str, titles: Sequence[str], runs: Sequence[Run]) -> str:
+def _distinct(title: str, titles: Sequence[str], runs: Sequence[RunData]) -> str:
     """Return a title that no other group has: with the parent's folder where two are alike."""
     if title and titles.count(title) == 1:
         return title
@@ -56,7 +56,7 @@ def _distinct(title: str, titles: Sequence[str], runs: Sequence[Run]) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def numbers(run: Run, macs: int | None) -> dict[str, float | None]:
+def numbers(run: RunData, macs: int | None) -> dict[str, float | None]:
     """Return what the table says of one run, None where it was not measured."""
     loads = [balance(routing.final_load()) for routing in run.routing.values()]
     return {
@@ -115,7 +115,7 @@ def spread(accuracies: Sequence[float]) -> str:
 
 def summary(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return what comparison.json holds: of each group every number's `mean` and `std` (n - 1), and its runs."""
-    found = []
+    entries = []
     for group in groups:
         own = [numbers(run, group.macs) for run in group.runs]
         runs = [{"path": str(run.path), "seed": _seed(run), **n} for run, n in zip(group.runs, own, strict=True)]
@@ -124,8 +124,8 @@ def summary(groups: Sequence[Group]) -> list[dict[str, Any]]:
             values = [float(value) for n in own if (value := n[key]) is not None]
             if values:
                 entry[key] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def write_csv(groups: Sequence[Group], path: Path) -> None:
@@ -140,7 +140,7 @@ def write_csv(groups: Sequence[Group], path: Path) -> None:
                 writer.writerow([group.name, run.path, run.model_name, *cells])
 
 
-def _seed(run: Run) -> int | None:
+def _seed(run: RunData) -> int | None:
     train = run.config.get("train")
     return train.get("seed") if isinstance(train, dict) else None
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sparse_mlp.report.predictions import Floats
-from sparse_mlp.report.run import Run
+from sparse_mlp.report.run import RunData
 from sparse_mlp.report.style import BLUE, ORANGE, key_above, panel, styled
 from sparse_mlp.report.style import title as set_title
 
@@ -74,7 +74,7 @@ _CURVES: tuple[tuple[str, str, str | None, str | None, Callable[..., str]], ...]
 _FROM_ZERO = {"learning_rate", "gradient_norm", "first_gradient_norm", "throughput", "balance_loss", "feature_std"}
 
 
-def curve_figures(run: Run) -> dict[str, Figure]:
+def curve_figures(run: RunData) -> dict[str, Figure]:
     """Return the curves of a run by name; a curve nobody logged is left out. Each has the time along its top edge."""
     figures = {}
     for name, title, train_key, test_key, ticks in _CURVES:
@@ -93,7 +93,7 @@ def curve_figures(run: Run) -> dict[str, Figure]:
 
 @styled
 def curve_figure(
-    title: str, run: Run, train: Floats | None, test: Floats | None, ticks: Callable[..., str] = plain
+    title: str, run: RunData, train: Floats | None, test: Floats | None, ticks: Callable[..., str] = plain
 ) -> Figure:
     """Draw a quantity over the steps: `train` at those of the training lines, `test` at those of the evaluations.
 
@@ -146,7 +146,7 @@ def time_unit(seconds: float) -> tuple[float, str]:
     return (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")
 
 
-def _time_axis(axes: Axes, run: Run) -> None:
+def _time_axis(axes: Axes, run: RunData) -> None:
     """Write the training time along the top edge, at the steps where it was reached."""
     series = run.train if len(run.train) else run.evals
     if not len(series) or run.seconds <= 0:

@@ -22,7 +22,7 @@ from sparse_mlp.report.page import Drawing, Figures, Picture, Swatch, image
 from sparse_mlp.report.pictures import channels_figure, full_scale, overlays, patches_figure, patterns_figure
 from sparse_mlp.report.predictions import Floats, Ints
 from sparse_mlp.report.routing import ChannelRouting, MeasuredLoad, Traced, trace
-from sparse_mlp.report.run import Routing, Run
+from sparse_mlp.report.run import Routing, RunData
 from sparse_mlp.report.samples import Pixels, Samples, example_rows, picture
 from sparse_mlp.report.style import expert_colours
 
@@ -53,7 +53,7 @@ class LoadSection:
     layers: list[LayerLoad] = field(default_factory=list)
 
 
-def load_section(run: Run, figures: Figures) -> LoadSection | None:
+def load_section(run: RunData, figures: Figures) -> LoadSection | None:
     """Return the load of every MoE layer over the training; None where none was measured."""
     layers = run.routing
     if not layers:
@@ -93,8 +93,8 @@ def measured_section(loads: Mapping[str, MeasuredLoad], images: int, figures: Fi
         f"The layers with experts did not train, so nothing was measured in training. This is what their routers do "
         f"with {images:,} of the test images; an expert under 5 % of its fair share counts as idle."
     )
-    table = [[*_table_row(name, found.load), _share(found.dropped)] for name, found in loads.items()]
-    shown = {name: found.load for name, found in loads.items()}
+    table = [[*_table_row(name, measured.load), _share(measured.dropped)] for name, measured in loads.items()]
+    shown = {name: measured.load for name, measured in loads.items()}
     drawn = figures.add(
         layers_figure(shown, "on test images"),
         "load_layers",
@@ -105,10 +105,10 @@ def measured_section(loads: Mapping[str, MeasuredLoad], images: int, figures: Fi
 
 
 def _table_row(name: str, load: Floats) -> list[str]:
-    found = balance(load)
-    idle = ", ".join(map(str, found.dead)) or "none"
+    stats = balance(load)
+    idle = ", ".join(map(str, stats.dead)) or "none"
     kind = _KINDS.get(name.rpartition(".")[2], "").partition(":")[0]
-    return [name, kind, str(len(load)), f"{found.busiest:.2f}", f"{found.quietest:.2f}", idle]
+    return [name, kind, str(len(load)), f"{stats.busiest:.2f}", f"{stats.quietest:.2f}", idle]
 
 
 def _mean(values: Floats) -> float | None:
@@ -163,7 +163,7 @@ class Examples:
         return [self.names[target] for target in self.targets]
 
 
-def trace_examples(run: Run, model: nn.Module, samples: Samples, names: Sequence[str], seed: int) -> Examples:
+def trace_examples(run: RunData, model: nn.Module, samples: Samples, names: Sequence[str], seed: int) -> Examples:
     """Run the model on one image per class: those of `wanted_images`, or any without predictions."""
     targets, where = samples.targets.cpu().numpy(), samples.where()
     rows = example_rows(targets, seed)

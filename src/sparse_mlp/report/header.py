@@ -10,10 +10,10 @@ from typing import Any
 from sparse_mlp.report.analysis import balance
 from sparse_mlp.report.page import TIMES, Head, Tile, count, duration
 from sparse_mlp.report.predictions import Floats
-from sparse_mlp.report.run import Run
+from sparse_mlp.report.run import RunData
 
 
-def run_head(run: Run, tiles: Sequence[Tile], *, kind: str = "Run report", title: str | None = None) -> Head:
+def run_head(run: RunData, tiles: Sequence[Tile], *, kind: str = "Run report", title: str | None = None) -> Head:
     """Return the top of a run's page; `title` is the model's name if it is not given."""
     recipe = run.config.get("name") or run.config.get("recipe")
     parts = (recipe, run.name if run.name != recipe else None, _status(run))
@@ -27,7 +27,7 @@ def run_head(run: Run, tiles: Sequence[Tile], *, kind: str = "Run report", title
     )
 
 
-def accuracy_tile(run: Run) -> list[Tile]:
+def accuracy_tile(run: RunData) -> list[Tile]:
     """Return the top-1 accuracy, where it was measured."""
     if run.top1 is None:
         return []
@@ -37,7 +37,7 @@ def accuracy_tile(run: Run) -> list[Tile]:
     return [Tile("kNN top-1 accuracy" if run.pretraining else "Top-1 accuracy", f"{100 * run.top1:.2f} %", number)]
 
 
-def cost_tiles(run: Run, macs: int | None = None) -> list[Tile]:
+def cost_tiles(run: RunData, macs: int | None = None) -> list[Tile]:
     """Return what the model and its training cost, each where it is known."""
     tiles = []
     if run.parameters is not None:
@@ -55,14 +55,14 @@ def balance_tile(loads: Mapping[str, Floats], where: str = "") -> list[Tile]:
     """Return how evenly the experts are used, from the load (E,) of each layer; nothing where none was measured."""
     if not loads:
         return []
-    found = [balance(load) for load in loads.values()]
-    dead = sum(len(layer.dead) for layer in found)
+    balances = [balance(load) for load in loads.values()]
+    dead = sum(len(layer.dead) for layer in balances)
     idle = "no idle expert" if not dead else f"{dead} idle expert{'s' if dead > 1 else ''}"
-    number = f"{max(layer.busiest for layer in found):.2f} {TIMES}"
+    number = f"{max(layer.busiest for layer in balances):.2f} {TIMES}"
     return [Tile("Busiest expert", number, f"its fair share; {idle}{where}")]
 
 
-def _status(run: Run) -> str:
+def _status(run: RunData) -> str:
     whats = [event.get("what") for event in run.events]
     resumed = whats.count("resumed")
     state = "finished" if "finished" in whats else "stopped" if whats[-1:] == ["stopped"] else "not finished"
@@ -70,7 +70,7 @@ def _status(run: Run) -> str:
     return f"{state} at step {run.last_step:,}{again}"
 
 
-def facts(run: Run) -> list[tuple[str, str, bool]]:
+def facts(run: RunData) -> list[tuple[str, str, bool]]:
     """Return command, commit, date, hardware and versions as (term, value, whether it is code), where known."""
     environment = run.environment
     commit = environment.get("git_commit")
@@ -86,15 +86,15 @@ def facts(run: Run) -> list[tuple[str, str, bool]]:
     return [entry for entry in entries if entry[1]]
 
 
-def shared_facts(runs: Sequence[Run]) -> list[tuple[str, str, bool]]:
+def shared_facts(runs: Sequence[RunData]) -> list[tuple[str, str, bool]]:
     """Return the facts of several runs; one in which they differ has all their values."""
-    found: dict[str, tuple[list[str], bool]] = {}
+    merged: dict[str, tuple[list[str], bool]] = {}
     for run in runs:
         for term, value, code in facts(run):
-            values = found.setdefault(term, ([], code))[0]
+            values = merged.setdefault(term, ([], code))[0]
             if value not in values:
                 values.append(value)
-    return [(term, "; ".join(values), code) for term, (values, code) in found.items()]
+    return [(term, "; ".join(values), code) for term, (values, code) in merged.items()]
 
 
 def _command(words: Any) -> str:
@@ -106,12 +106,12 @@ def _command(words: Any) -> str:
     return f"{start} {shlex.join(map(str, words[1:]))}".strip()
 
 
-def _hardware(found: Any) -> str:
-    if not isinstance(found, dict):
-        return str(found or "")
-    parts = [str(found.get("cpu") or found.get("machine") or "")]
-    counts = {name: found.get(f"{name}s") for name in ("core", "thread")}
+def _hardware(hardware: Any) -> str:
+    if not isinstance(hardware, dict):
+        return str(hardware or "")
+    parts = [str(hardware.get("cpu") or hardware.get("machine") or "")]
+    counts = {name: hardware.get(f"{name}s") for name in ("core", "thread")}
     parts += [f"{number} {name}" + ("s" if number != 1 else "") for name, number in counts.items() if number]
-    if found.get("memory_gib"):
-        parts.append(f"{found['memory_gib']:g} GiB")
-    return ", ".join(part for part in [*parts, *map(str, found.get("gpus") or [])] if part)
+    if hardware.get("memory_gib"):
+        parts.append(f"{hardware['memory_gib']:g} GiB")
+    return ", ".join(part for part in [*parts, *map(str, hardware.get("gpus") or [])] if part)

@@ -17,11 +17,11 @@ from sparse_mlp.report.curves import percent
 from sparse_mlp.report.experts import load_section
 from sparse_mlp.report.header import balance_tile, cost_tiles, run_head
 from sparse_mlp.report.page import Figures, Tile
-from sparse_mlp.report.plane import map_figure
 from sparse_mlp.report.predictions import reduce_predictions
-from sparse_mlp.report.report import CurvesSection, classes_section, save_page
-from sparse_mlp.report.run import Run, read_run
+from sparse_mlp.report.run import RunData, read_run
+from sparse_mlp.report.sections import CurvesSection, classes_section, save_page
 from sparse_mlp.report.style import BLUE, INK, MUTED, ORANGE, key_above, panel, styled, title
+from sparse_mlp.report.tsne import map_figure
 
 __all__ = ["write_node_report"]
 
@@ -103,7 +103,7 @@ def write_node_report(
     return save_page(run, "nodes.html.j2", head, sections)
 
 
-def _tiles(run: Run, nodes: int, edges: int, accuracy: float | None, tested: int) -> list[Tile]:
+def _tiles(run: RunData, nodes: int, edges: int, accuracy: float | None, tested: int) -> list[Tile]:
     tiles = []
     if accuracy is not None:
         tiles.append(Tile("Test accuracy", f"{100 * accuracy:.1f} %", f"of {tested:,} nodes"))
@@ -116,7 +116,7 @@ def _tiles(run: Run, nodes: int, edges: int, accuracy: float | None, tested: int
 
 
 @styled
-def _accuracy(run: Run) -> Figure:
+def _accuracy(run: RunData) -> Figure:
     figure, axes = panel(5.6, 2.9)
     for series, key, label, colour in (
         (run.train, "accuracy", "training nodes", MUTED),

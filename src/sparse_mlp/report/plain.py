@@ -13,11 +13,11 @@ from sparse_mlp.report.curves import curve_figure, plain
 from sparse_mlp.report.experts import load_section
 from sparse_mlp.report.header import balance_tile, cost_tiles, run_head
 from sparse_mlp.report.page import Drawing, Figures, Tile
-from sparse_mlp.report.report import save_page
-from sparse_mlp.report.run import Run, read_run
+from sparse_mlp.report.run import RunData, read_run
+from sparse_mlp.report.sections import save_page
 from sparse_mlp.report.style import clip
 
-_MOST_TILES = 4
+_MAX_TILES = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def write_plain_report(run_dir: Path | str) -> Path:
         "curves": ScalarsSection(lead, drawn, []) if drawn else None,
         "load": load_section(run, figures),
     }
-    tiles = [Tile(key, plain(value), "last evaluation") for key, value in list(last.items())[:_MOST_TILES]]
+    tiles = [Tile(key, plain(value), "last evaluation") for key, value in list(last.items())[:_MAX_TILES]]
     balanced = balance_tile({name: routing.final_load() for name, routing in run.routing.items()})
     recipe = str(run.config.get("name") or run.name)
     kind = f"Run report · {run.kind}" if run.kind else "Run report"
@@ -58,17 +58,17 @@ def write_plain_report(run_dir: Path | str) -> Path:
     return save_page(run, "plain.html.j2", head, sections)
 
 
-def last_evaluation(run: Run) -> dict[str, float]:
+def last_evaluation(run: RunData) -> dict[str, float]:
     """Return the last value of everything that evaluations measured, rounded to six digits."""
-    found = {}
+    values_by_name = {}
     for key, values in run.evals.values.items():
         known = values[np.isfinite(values)]
         if len(known):
-            found[key] = float(f"{known[-1]:.6g}")
-    return found
+            values_by_name[key] = float(f"{known[-1]:.6g}")
+    return values_by_name
 
 
-def _curves(run: Run) -> dict[str, Figure]:
+def _curves(run: RunData) -> dict[str, Figure]:
     """Return a figure for every scalar; one that training and evaluation share has both lines."""
     keys = dict.fromkeys([*run.train.values, *run.evals.values])
     figures = {}

@@ -118,16 +118,18 @@ def write_predictions_csv(
 
     Returns the path. UserError if the names are not as many as the classes.
     """
-    found = predictions if isinstance(predictions, Predictions) else reduce_predictions(predictions)
-    names = [str(c) for c in range(found.num_classes)] if class_names is None else list(class_names)
-    if len(names) != found.num_classes:
-        raise UserError(f"{path}: predictions of {found.num_classes} classes, but {len(names)} class names are given")
-    first = found.index.tolist() if found.file is None else found.file
+    reduced = predictions if isinstance(predictions, Predictions) else reduce_predictions(predictions)
+    names = [str(c) for c in range(reduced.num_classes)] if class_names is None else list(class_names)
+    if len(names) != reduced.num_classes:
+        raise UserError(f"{path}: predictions of {reduced.num_classes} classes, but {len(names)} class names are given")
+    first = reduced.index.tolist() if reduced.file is None else reduced.file
     # A file name that is not UTF-8 gets its own bytes back.
     with Path(path).open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["index" if found.file is None else "file", "target", "predicted", "probability", "correct"])
-        for item, target, guess, share in zip(first, found.target, found.predicted, found.probability, strict=True):
+        writer.writerow(["index" if reduced.file is None else "file", "target", "predicted", "probability", "correct"])
+        for item, target, guess, share in zip(
+            first, reduced.target, reduced.predicted, reduced.probability, strict=True
+        ):
             known = [names[target], str(target == guess).lower()] if target >= 0 else ["", ""]
             writer.writerow([item, known[0], names[guess], f"{share:.6f}", known[1]])
     return Path(path)

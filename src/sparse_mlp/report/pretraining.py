@@ -9,11 +9,11 @@ from pathlib import Path
 from sparse_mlp.report.experts import Card, load_section
 from sparse_mlp.report.header import accuracy_tile, balance_tile, cost_tiles, run_head
 from sparse_mlp.report.page import Drawing, Figures, image
-from sparse_mlp.report.plane import FEW_POINTS, map_figure
 from sparse_mlp.report.predictions import Floats, Ints
-from sparse_mlp.report.report import class_names, classes_section, curves_section, save_page
 from sparse_mlp.report.run import read_run
 from sparse_mlp.report.samples import Pixels
+from sparse_mlp.report.sections import class_names, classes_section, curves_section, save_page
+from sparse_mlp.report.tsne import FEW_POINTS, map_figure
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which expert each patch and each channel of an image went to. Arrays in, arrays out; drawing is elsewhere.
+"""Which expert each patch and each channel of an image went to. Computes arrays; `pictures.py` draws them.
 
 B images, S patches, T routed tokens (T = S without Re-represent layers), C channels, E experts, K choices.
 """

@@ -64,7 +64,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunData:
     """Everything the report reads from one run folder."""
 
     path: Path
@@ -137,11 +137,11 @@ class Run:
         return float(np.nanmedian(rate)) if np.isfinite(rate).any() else None
 
 
-def read_run(run_dir: Path | str) -> Run:
+def read_run(run_dir: Path | str) -> RunData:
     """Read the run folder `run_dir`.
 
     A last line of metrics.jsonl that an interruption cut short is left out and noted; anything else that does not parse
-    is a ValueError naming file and line. FileNotFoundError if the folder or its config.json is missing.
+    is a UserError naming file and line. FileNotFoundError if the folder or its config.json is missing.
     """
     path = Path(run_dir)
     if not path.is_dir():
@@ -154,7 +154,7 @@ def read_run(run_dir: Path | str) -> Run:
     for line in lines:
         by_kind.setdefault(line["kind"], []).append(line)
     config, environment = _read_json(path / "config.json"), path / "environment.json"
-    return Run(
+    return RunData(
         path=path,
         config=config,
         environment=_read_json(environment) if environment.is_file() else {},

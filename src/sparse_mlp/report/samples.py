@@ -56,7 +56,7 @@ class Samples:
 
 
 def wanted_images(run_dir: Path | str, seed: int = 0) -> list[int]:
-    """Return the indices of the test images that `write_report` would show, at most a few dozen.
+    """Return the indices of the test images that `write_classification_report` would show, at most a few dozen.
 
     One image per class (of up to ten classes), drawn by `seed`, then the surest of the most frequent mistakes. Empty
     while the run has no predictions, and for a streamed test set, whose images have no index.

@@ -3,6 +3,6 @@
 from sparse_mlp.tasks.classify import Classify, ClassifyConfig
 from sparse_mlp.tasks.features import extract_features
 from sparse_mlp.tasks.knn import weighted_knn
-from sparse_mlp.tasks.probe import Probe, knn_accuracy
+from sparse_mlp.tasks.probe import Probe
 
-__all__ = ["Classify", "ClassifyConfig", "Probe", "extract_features", "knn_accuracy", "weighted_knn"]
+__all__ = ["Classify", "ClassifyConfig", "Probe", "extract_features", "weighted_knn"]

@@ -6,17 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from timm.loss import BinaryCrossEntropy
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_mlp.distributed import broadcast, gather
+from sparse_mlp.distributed import broadcast
 from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
-from sparse_mlp.tasks.metrics import top_accuracies
+from sparse_mlp.tasks.metrics import gather_columns, sorted_by_index, top_accuracies
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class ClassifyConfig:
     """Share of every target that is spread evenly over the classes."""
 
     frozen: bool = False
-    """Train the classifier alone, on a backbone that stays as it is and in evaluation mode: a linear probe."""
+    """Train only the classifier; the backbone is frozen and in evaluation mode: a linear probe."""
 
 
 class Classify(Task):
@@ -48,7 +47,7 @@ class Classify(Task):
         *,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        """ValueError if the model's classes are not as many as `class_names`, for one class, or for an unknown loss."""
+        """UserError if the model's classes are not as many as `class_names`, for one class, or for an unknown loss."""
         super().__init__()
         config = config or ClassifyConfig()
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
@@ -76,10 +75,10 @@ class Classify(Task):
 
     def param_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
         names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()  # type: ignore[operator]
-        spared = {*names, "*.bias"}  # stacked experts have biases of two dimensions
+        no_decay = {*names, "*.bias"}  # stacked experts have biases of two dimensions
         if layer_decay is None:
-            return param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=spared)
-        return param_groups_layer_decay(self.model, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)
+            return param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=no_decay)
+        return param_groups_layer_decay(self.model, weight_decay, no_decay, layer_decay=layer_decay)
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Batch], device: torch.device) -> Evaluation:
@@ -93,14 +92,13 @@ class Classify(Task):
             rows = [(batch["index"], batch["target"], self._logits(batch["image"].to(device))) for batch in loader]
         finally:
             self.train(training)
-        columns = [torch.cat(column).numpy() for column in zip(*rows, strict=True)]
-        ranks = gather(columns)
-        if ranks is None:
+        columns = gather_columns(rows)
+        if columns is None:
             return Evaluation(broadcast(dict[str, float]()))
-        found = [columns for columns in ranks if columns]
-        if not found:
+        if not columns:
             raise UserError("there are no images to evaluate on")
-        index, target, logits = _once(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        order = sorted_by_index(columns[0])
+        index, target, logits = (column[order] for column in columns)
         metrics = self._metrics(torch.from_numpy(target), torch.from_numpy(logits))
         return Evaluation(broadcast(metrics), {"index": index, "target": target, "logits": logits})
 
@@ -116,13 +114,6 @@ class Classify(Task):
         if target.ndim == 1:
             target = F.one_hot(target, self.num_classes).float()
         return target * (1 - self.smoothing) + self.smoothing / self.num_classes
-
-
-def _once(index: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Rows in the order of their index, each index once; rows of streams, which have index -1, all stay."""
-    first = np.unique(index, return_index=True)[1]
-    rows = np.concatenate([first[index[first] >= 0], np.flatnonzero(index < 0)])
-    return index[rows], *(column[rows] for column in columns)
 
 
 def _criterion(loss: str) -> nn.Module:

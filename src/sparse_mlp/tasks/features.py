@@ -26,7 +26,7 @@ def extract_features(
     """Features (N, D) float32, class numbers (N,) and indices (N,) of the loader's images, on the CPU, in its order.
 
     The backbone runs in evaluation mode without gradient; afterwards each of its modules is in the mode it was in.
-    ValueError if the loader has no images.
+    UserError if the loader has no images.
     """
     rows = []
     with evaluating(backbone):
@@ -41,7 +41,7 @@ def extract_features(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of the block; then every submodule gets its own mode back."""
+    """Evaluation mode inside the block; afterwards every submodule has its previous mode again."""
     before = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -52,7 +52,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class SkippedNorm(nn.Module):
-    """A norm that does nothing, with the names and values of the one it stands for in its state dict."""
+    """An identity in place of a norm, with the state dict of that norm."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ class SkippedNorm(nn.Module):
 
 
 def skip_final_norm(model: nn.Module) -> None:
-    """Take the norm before the pooling and the classifier out of a timm model; its state dict keeps its keys.
+    """Remove the norm before the pooling and the classifier of a timm model; its state dict keeps its keys.
 
-    ValueError if the model has none under timm's usual names.
+    UserError if the model has none under timm's usual names.
     """
     found = [name for name in ("norm", "fc_norm") if list(getattr(model, name, nn.Identity()).state_dict())]
     if not found:

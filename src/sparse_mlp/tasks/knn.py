@@ -1,4 +1,4 @@
-"""The weighted k-nearest-neighbour classifier: what features are worth without training anything on them."""
+"""The weighted k-nearest-neighbour classifier, which evaluates features without training on them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weighted_knn(
     Features (N, D) and (M, D) are compared by cosine; a neighbour votes for its class with exp(cosine / temperature).
     A k above N is N. The class of a row is its argmax.
 
-    ValueError for k or temperature out of range, labels that are no classes or all of one class, or shapes that do not
+    UserError for k or temperature out of range, labels that are no classes or all of one class, or shapes that do not
     fit.
     """
     if temperature <= 0:
@@ -46,7 +46,7 @@ def weighted_knn(
 
 
 def nearest(train_features: Tensor, test_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines (M, K) of the K = min(k, N) training rows nearest to each test row, falling, and their numbers (M, K)."""
+    """Cosines (M, K), descending, of the K = min(k, N) training rows nearest to each test row, and their indices."""
     if k < 1:
         raise UserError(f"kNN needs at least one neighbour, got k = {k}")
     if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:

@@ -1,11 +1,34 @@
-"""Accuracies that several tasks report."""
+"""What the evaluations of several tasks share: rows of all ranks, and accuracies."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_stat_scores
 
-__all__ = ["top_accuracies"]
+from sparse_mlp.distributed import gather
+
+__all__ = ["gather_columns", "sorted_by_index", "top_accuracies"]
+
+
+def gather_columns(batches: Sequence[tuple[Tensor, ...]]) -> list[np.ndarray] | None:
+    """Concatenate the columns of all ranks' batches on rank 0; None on the other ranks; collective.
+
+    The list is empty if no rank has a batch.
+    """
+    ranks = gather([torch.cat(column).numpy() for column in zip(*batches, strict=True)])
+    if ranks is None:
+        return None
+    return [np.concatenate(column) for column in zip(*(columns for columns in ranks if columns), strict=True)]
+
+
+def sorted_by_index(index: np.ndarray) -> np.ndarray:
+    """Row numbers that sort by `index` (N,), each index once; rows of streams, which have index -1, all stay."""
+    first = np.unique(index, return_index=True)[1]
+    return np.concatenate([first[index[first] >= 0], np.flatnonzero(index < 0)])
 
 
 def top_accuracies(scores: Tensor, target: Tensor) -> dict[str, float]:

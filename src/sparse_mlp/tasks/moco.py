@@ -1,4 +1,4 @@
-"""MoCo v3: two views of an image find each other among the views of all the others.
+"""MoCo v3: contrastive pre-training on two views of each image.
 
 Paper: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", arXiv 2104.02057; algorithm
 1 and section 4. Mixtures of experts with it are not described anywhere; ours is stated at `Moco`.
@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_mlp.distributed import all_gather, broadcast, gather, rank, sync_batch_norm, world_size
+from sparse_mlp.distributed import all_gather, broadcast, rank, sync_batch_norm, world_size
 from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.features import evaluating, pooled_features
 from sparse_mlp.tasks.knn import weighted_knn
-from sparse_mlp.tasks.metrics import top_accuracies
+from sparse_mlp.tasks.metrics import gather_columns, sorted_by_index, top_accuracies
 
 __all__ = ["Moco", "MocoConfig", "contrast", "feature_rank", "feature_std", "momentum_at"]
 
 
 @dataclass(frozen=True)
 class MocoConfig:
-    """What is learned from two views, and how it is watched; the defaults are the published ones."""
+    """The MoCo v3 loss, its networks and the kNN that monitors it; the defaults are the published ones."""
 
     temperature: float = 0.2
     """Scale of the similarities; the loss is multiplied by twice its value."""
@@ -40,13 +40,13 @@ class MocoConfig:
     """Share of itself that the momentum encoder keeps in the first update; it rises to 1 along a cosine."""
 
     momentum_sched: bool = True
-    """Let it rise; without, it stays."""
+    """Raise the momentum over the run; off, it is constant."""
 
     hidden_dim: int = 4096
     """Width of the hidden layers of projector and predictor."""
 
     out_dim: int = 256
-    """Width of what is compared."""
+    """Width of the projections that the loss compares."""
 
     projector_layers: int = 3
     """Layers of the projector."""
@@ -59,7 +59,7 @@ class MocoConfig:
     model has one, that is a convolution whose patches do not overlap."""
 
     decay_all: bool = False
-    """Let biases and norms decay too, as the published code does with AdamW (not with LARS)."""
+    """Apply weight decay to biases and norms too, as the published code does with AdamW (not with LARS)."""
 
     knn_images: int = 10_000
     """Training images that the weighted kNN of an evaluation compares with; 0 leaves it out."""
@@ -84,21 +84,21 @@ class MocoConfig:
 
 
 class Moco(Task):
-    """Pre-trains any timm model, which loses its classifier.
+    """Pre-trains any timm model, whose classifier is removed.
 
-    Batches hold `view1` and `view2` (B, C, H, W); a `target` is never looked at. Evaluation batches hold `image`,
+    Batches hold `view1` and `view2` (B, C, H, W); a `target` is not used. Evaluation batches hold `image`,
     `target`, `index` and `bank` (B,), True for training images that the kNN compares with.
 
-    A mixture of experts balances its load in the online encoder alone, by the mean of both views' losses. The momentum
-    encoder runs in evaluation mode but for its batch norms, which take the batch's statistics as published: its router
-    has no noise and adds no gradient, it drops nothing.
+    Only the online encoder has a balance loss for its experts, the mean over both views. The momentum encoder runs in
+    evaluation mode except for its batch norms, which use the batch's statistics as published: its router has no noise,
+    adds no gradient and drops nothing.
     """
 
     model_passes = 2
     items = "images"
 
     def __init__(self, model: nn.Module, config: MocoConfig | None = None, num_classes: int = 0) -> None:
-        """ValueError for a model without what the options ask for. Under torch.distributed call it in the group."""
+        """UserError for a model that lacks what an option requires. Create it after the process group."""
         super().__init__()
         self.config = config = config or MocoConfig()
         self.num_classes = num_classes
@@ -134,7 +134,7 @@ class Moco(Task):
         features = [self.encoder(view) for view in views]
         queries = [self.predictor(self.projector(feature)) for feature in features]
         with torch.no_grad():
-            self._follow()
+            self._update_momentum_encoder()
             keys = [self.momentum_projector(self.momentum_encoder(view)) for view in views]
         loss1, accuracy1 = contrast(queries[0], keys[1], self.config.temperature)
         loss2, accuracy2 = contrast(queries[1], keys[0], self.config.temperature)
@@ -146,11 +146,11 @@ class Moco(Task):
         }
 
     @torch.no_grad()
-    def _follow(self) -> None:
-        """The momentum encoder's parameters move towards the online ones; buffers are its own."""
-        mine = [*self.momentum_encoder.parameters(), *self.momentum_projector.parameters()]
-        theirs = [*self.encoder.parameters(), *self.projector.parameters()]
-        torch._foreach_lerp_(list[Tensor](mine), list[Tensor](theirs), 1 - self.momentum)
+    def _update_momentum_encoder(self) -> None:
+        """Move the momentum encoder's parameters towards the online ones; its buffers are its own."""
+        momentum = [*self.momentum_encoder.parameters(), *self.momentum_projector.parameters()]
+        online = [*self.encoder.parameters(), *self.projector.parameters()]
+        torch._foreach_lerp_(list[Tensor](momentum), list[Tensor](online), 1 - self.momentum)
 
     def backbone(self) -> nn.Module:
         return self.encoder
@@ -161,8 +161,8 @@ class Moco(Task):
         if self.config.decay_all:
             return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
         names = self.encoder.no_weight_decay() if hasattr(self.encoder, "no_weight_decay") else set()  # type: ignore[operator]
-        spared = {*(f"encoder.{name}" for name in names), "*.bias"}  # stacked experts have biases of two dimensions
-        return param_groups_weight_decay(self, weight_decay, no_weight_decay_list=spared)
+        no_decay = {*(f"encoder.{name}" for name in names), "*.bias"}  # stacked experts have biases of two dimensions
+        return param_groups_weight_decay(self, weight_decay, no_weight_decay_list=no_decay)
 
     def gradient_metrics(self) -> dict[str, Tensor]:
         """`first_grad_norm`: of the first trainable weight matrix, where instability shows first (section 4.2)."""
@@ -180,14 +180,13 @@ class Moco(Task):
             for batch in loader:
                 features = pooled_features(self.encoder, batch["image"].to(device)).float().cpu()
                 rows.append((batch["bank"], batch["index"], batch["target"], features))
-        ranks = gather([torch.cat(column).numpy() for column in zip(*rows, strict=True)])
-        if ranks is None:
+        columns = gather_columns(rows)
+        if columns is None:
             return Evaluation(broadcast(dict[str, float]()))
-        found = [columns for columns in ranks if columns]
-        columns = [torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True)]
-        if not found or columns[0].all():
+        if not columns or columns[0].all():
             raise UserError("there are no images to evaluate on")
-        bank, test = (_rows(columns, columns[0] == kind) for kind in (True, False))
+        in_bank, *rest = columns
+        bank, test = (_select(rest, in_bank == kind) for kind in (True, False))
         index, target, features = test
         metrics = {"feature_std": float(feature_std(features)), "feature_rank": feature_rank(features)}
         predictions = {"index": index.numpy(), "target": target.numpy()}
@@ -252,7 +251,7 @@ def feature_rank(features: Tensor) -> float:
 
 
 def _freeze_patch_embed(model: nn.Module, needed: bool) -> None:
-    """Freeze the model's first convolution if its patches do not overlap; else ValueError where it is `needed`."""
+    """Freeze the model's first convolution if its patches do not overlap; else UserError where it is `needed`."""
     name = getattr(model, "pretrained_cfg", {}).get("first_conv")
     first = model.get_submodule(name) if isinstance(name, str) else None
     if isinstance(first, nn.Conv2d) and first.kernel_size == first.stride:
@@ -264,10 +263,8 @@ def _freeze_patch_embed(model: nn.Module, needed: bool) -> None:
         )
 
 
-def _rows(columns: list[Tensor], chosen: Tensor) -> list[Tensor]:
-    """Index, target and features of the chosen rows in the order of their index, each once (a stream's -1 all)."""
-    _, *rest = (column[chosen] for column in columns)
-    index = rest[0].numpy()
-    first = np.unique(index, return_index=True)[1]
-    order = torch.from_numpy(np.concatenate([first[index[first] >= 0], np.flatnonzero(index < 0)]))
-    return [column[order] for column in rest]
+def _select(columns: list[np.ndarray], chosen: np.ndarray) -> list[Tensor]:
+    """The chosen rows of index, target and features, sorted by index."""
+    selected = [column[chosen] for column in columns]
+    order = sorted_by_index(selected[0])
+    return [torch.from_numpy(column[order]) for column in selected]

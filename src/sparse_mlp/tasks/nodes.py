@@ -1,4 +1,4 @@
-"""Node classification: labels of a few nodes, the graph as a loss between embeddings, nothing of it in the model.
+"""Node classification by Graph-MLP: few labelled nodes; the graph is used by the loss, not by the model.
 
 total = cross entropy of the labelled nodes + alpha * NContrast + distill * cross entropy with a teacher's probabilities
 (the last term, knowledge distillation, is not in the paper: experiments/graphs/README.md)
@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_mlp.distributed import all_gather, broadcast, gather, rank, world_size
+from sparse_mlp.distributed import all_gather, broadcast, rank, world_size
 from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
 from sparse_mlp.models.graph_mlp import Form, GraphMlp, cosine_scale, n_contrast
+from sparse_mlp.tasks.metrics import gather_columns
 
 __all__ = ["NodeClassify", "NodeLossConfig"]
 
@@ -110,13 +111,12 @@ class NodeClassify(Task):
             ]
         finally:
             self.train(training)
-        ranks = gather([torch.cat(column).numpy() for column in zip(*parts, strict=True)])
-        if ranks is None:
+        columns = gather_columns(parts)
+        if columns is None:
             return Evaluation(broadcast(dict[str, float]()))
-        found = [columns for columns in ranks if columns]
-        if not found:
+        if not columns:
             raise UserError("there are no validation or test nodes to evaluate on")
-        val, index, target, logits = (np.concatenate(column) for column in zip(*found, strict=True))
+        val, index, target, logits = columns
         order = np.argsort(index[~val])
         test = {"index": index[~val][order], "target": target[~val][order], "logits": logits[~val][order]}
         labelled = test["target"] >= 0

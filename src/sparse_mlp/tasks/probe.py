@@ -1,4 +1,4 @@
-"""The linear probe: a classifier on the features of a backbone that does not change."""
+"""The linear probe: a classifier on the features of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from sparse_mlp.engine import Batch, Evaluation
 from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.classify import Classify, ClassifyConfig
-from sparse_mlp.tasks.features import extract_features, pooled_features
-from sparse_mlp.tasks.knn import weighted_knn
-from sparse_mlp.tasks.metrics import top_accuracies
+from sparse_mlp.tasks.features import pooled_features
 
 _INIT_STD = 0.01  # of the classifier's weights, as MoCo v3 has it
 
@@ -22,9 +20,9 @@ _INIT_STD = 0.01  # of the classifier's weights, as MoCo v3 has it
 class Probe(Classify):
     """Trains the classifier of a timm model on the pooled features of its backbone (MoCo v3, section 4.2).
 
-    The backbone is frozen and in evaluation mode throughout, so that norms, drop path and routers do what they do in
-    use. Its digest is a buffer: every evaluation asserts that not one bit has changed since the run began, also over a
-    resumption.
+    The backbone is frozen and in evaluation mode throughout, so that norms, drop path and routers behave as in
+    inference. Its digest is a buffer: every evaluation asserts that no bit has changed since the run began, also after
+    a resumption.
     """
 
     digest: Tensor
@@ -32,7 +30,7 @@ class Probe(Classify):
     def __init__(
         self, model: nn.Module, config: ClassifyConfig | None = None, *, class_names: Sequence[str] | None = None
     ) -> None:
-        """Draws the classifier anew. ValueError as in `Classify`, or if it is not one linear layer."""
+        """Reinitialises the classifier. UserError as in `Classify`, or if it is not one linear layer."""
         super().__init__(model, config, class_names=class_names)
         head = model.get_classifier()  # type: ignore[operator]
         if not isinstance(head, nn.Linear):
@@ -46,7 +44,7 @@ class Probe(Classify):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Probe:
-        """Only the task itself has a mode: there is nothing in the model that may behave otherwise in training."""
+        """Sets the mode of the task only; the model stays in evaluation mode."""
         super().train(mode)
         self.model.eval()
         return self
@@ -57,7 +55,7 @@ class Probe(Classify):
         return self.score(self.model.get_classifier()(features), batch["target"])  # type: ignore[operator]
 
     def param_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
-        """The classifier's weight and bias, both with the weight decay. ValueError for a layer decay."""
+        """The classifier's weight and bias, both with the weight decay. UserError for a layer decay."""
         if layer_decay is not None:
             raise UserError(f"optim.layer_decay {layer_decay} would be ignored: only the classifier is trained")
         head = [p for p in self.model.parameters() if p.requires_grad]
@@ -69,31 +67,11 @@ class Probe(Classify):
         return super().evaluate(loader, device)
 
 
-def knn_accuracy(
-    backbone: nn.Module,
-    train: Iterable[Batch],
-    test: Iterable[Batch],
-    num_classes: int,
-    device: torch.device,
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> dict[str, float]:
-    """`top1`, `top5` and `images` of the weighted k-nearest-neighbour classifier on a backbone's features.
-
-    Both loaders should give images as they are evaluated: without augmentation. ValueError as in `weighted_knn`.
-    """
-    features, labels, _ = extract_features(backbone, train, device)
-    asked, target, _ = extract_features(backbone, test, device)
-    votes = weighted_knn(features, labels, asked, num_classes, k, temperature)
-    return {**top_accuracies(votes, target), "images": len(target)}
-
-
-def backbone_digest(model: nn.Module, left_out: Iterable[str]) -> int:
-    """A 63-bit digest of every parameter and buffer of a model but those left out, by name and value."""
+def backbone_digest(model: nn.Module, excluded: Iterable[str]) -> int:
+    """A 63-bit digest of every parameter and buffer of a model except the `excluded` ones, by name and value."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
-        if name not in left_out:
+        if name not in excluded:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1

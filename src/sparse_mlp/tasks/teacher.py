@@ -236,7 +236,7 @@ def train_teacher(
         threads=train.threads,
         deterministic=train.deterministic,
     )
-    best, found = (-1.0, 0.0), np.empty(0, np.float32)
+    best, probabilities = (-1.0, 0.0), np.empty(0, np.float32)
     for start in range(config.starts):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(train.seed, start))
@@ -261,8 +261,8 @@ def train_teacher(
             raise TrainingStopped(message, stopped.exit_code - 128) from None
         score = tuple(task.score.tolist())
         if score > best or start == 0:
-            best, found = score, evaluation.predictions["probabilities"]
-    return found
+            best, probabilities = score, evaluation.predictions["probabilities"]
+    return probabilities
 
 
 def check_teacher(graph: Graph, config: TeacherConfig) -> None:
@@ -272,7 +272,7 @@ def check_teacher(graph: Graph, config: TeacherConfig) -> None:
 
 
 def _loaders(graph: Graph, config: TeacherConfig, seed: int, start: int) -> Loaders:
-    """The whole graph in every batch, on every rank; only the seed is another one at each step."""
+    """The whole graph in every batch, on every rank; only the seed changes with the step."""
     x = feature_rows(normalize(graph.features) if config.unit_rows else graph.features)
     if x.layout != torch.strided and len(x.values()) >= _DENSE_FROM * x.numel():
         x = x.to_dense()

@@ -1,4 +1,4 @@
-"""Published weights in, ours out."""
+"""Load weights in any published layout, and convert them to the layouts of our models."""
 
 from sparse_mlp.weights.convert import convert, convert_file
 from sparse_mlp.weights.fit import CheckpointMismatch, check_fit

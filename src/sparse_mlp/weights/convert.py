@@ -1,4 +1,4 @@
-"""Published checkpoints in, our weights out."""
+"""Convert published checkpoints to the layouts of our models."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def convert(checkpoint: Mapping[str, Any], model_name: str, use_ema: bool = True
         raise UserError(f"no model is called {model_name!r}{hint}")
     model = _on_meta(model_name)
     try:
-        ours = adapt(checkpoint, model, use_ema)
+        weights = adapt(checkpoint, model, use_ema)
     # A filter of timm's fails on a foreign file in its own way.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"the checkpoint does not have the layout of {model_name}: {reason}") from error
     kwargs: dict[str, Any] = {}
-    if isinstance(model, Pyramid) and any(key.startswith("output_norms.") for key in ours):
+    if isinstance(model, Pyramid) and any(key.startswith("output_norms.") for key in weights):
         kwargs = {"features_only": True, "output_norms": True}
-        ours = {f"model.{key}": value for key, value in ours.items()}
-    elif f"{(classifier := model.pretrained_cfg.get('classifier'))}.weight" in ours:  # type: ignore[union-attr, operator]
-        kwargs["num_classes"] = ours[f"{classifier}.weight"].shape[0]
-    wanted = shapes(_on_meta(model_name, **kwargs).state_dict())
-    add_batch_counters(ours, wanted)
-    check_fit(shapes(ours), wanted, f"the weights do not fit {model_name}")
-    return {key: value.contiguous() for key, value in ours.items()}
+        weights = {f"model.{key}": value for key, value in weights.items()}
+    elif f"{(classifier := model.pretrained_cfg.get('classifier'))}.weight" in weights:  # type: ignore[union-attr, operator]
+        kwargs["num_classes"] = weights[f"{classifier}.weight"].shape[0]
+    expected = shapes(_on_meta(model_name, **kwargs).state_dict())
+    add_batch_counters(weights, expected)
+    check_fit(shapes(weights), expected, f"the weights do not fit {model_name}")
+    return {key: value.contiguous() for key, value in weights.items()}
 
 
 def convert_file(source: Path, model_name: str, target: Path, use_ema: bool = True) -> int:

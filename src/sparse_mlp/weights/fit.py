@@ -1,4 +1,4 @@
-"""Whether named tensors fit where they are to go: one check and one message for every way weights come in."""
+"""Whether named tensors fit a model: the one check and the one message for weights from any source."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check_fit(found: Mapping[str, Shape], wanted: Mapping[str, Shape], what: str) -> None:
-    """Raise `CheckpointMismatch` unless `found` has exactly the names and shapes of `wanted`.
+def check_fit(actual: Mapping[str, Shape], expected: Mapping[str, Shape], what: str) -> None:
+    """Raise `CheckpointMismatch` unless `actual` has exactly the names and shapes of `expected`.
 
     `what` begins the message: "the weights in FILE do not fit this model".
     """
-    both = [name for name in wanted if name in found]
-    misshapen = {name: f"{found[name]} for {wanted[name]}" for name in both if found[name] != wanted[name]}
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
+    both = [name for name in expected if name in actual]
+    misshapen = {name: f"{actual[name]} for {expected[name]}" for name in both if actual[name] != expected[name]}
+    missing = [name for name in expected if name not in actual]
+    unexpected = [name for name in actual if name not in expected]
     if missing or unexpected or misshapen:
         matched = [name for name in both if name not in misshapen]
         raise CheckpointMismatch(what, matched, missing, unexpected, misshapen)
 
 
-def add_batch_counters(found: dict[str, Tensor], wanted: Mapping[str, Shape]) -> None:
-    """Add to `found` the `num_batches_tracked` of batch norms that old checkpoints lack, at zero as torch does.
+def add_batch_counters(actual: dict[str, Tensor], expected: Mapping[str, Shape]) -> None:
+    """Add to `actual` the `num_batches_tracked` of batch norms that old checkpoints lack, at zero as torch does.
 
     No result depends on them unless a batch norm's momentum is None.
     """
-    for name in wanted:
+    for name in expected:
         norm, _, leaf = name.rpartition(".")
-        if leaf == "num_batches_tracked" and name not in found and f"{norm}.running_mean" in found:
-            found[name] = torch.tensor(0)
+        if leaf == "num_batches_tracked" and name not in actual and f"{norm}.running_mean" in actual:
+            actual[name] = torch.tensor(0)
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

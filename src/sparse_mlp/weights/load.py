@@ -1,4 +1,4 @@
-"""Weights of a file into a model, or an error that says what does not fit."""
+"""Load the weights of a file into a model, or raise an error that lists what does not fit."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def load(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}")
     body = model.model if isinstance(model, FeatureGetterNet) else model
-    found, own = names_and_tensors(body, path), body.state_dict()
+    stored, own = names_and_tensors(body, path), body.state_dict()
     if isinstance(model, FeatureGetterNet):
-        found = {name: value for name, value in found.items() if name in own}
+        stored = {name: value for name, value in stored.items() if name in own}
     kept = set()
     for name in _classifier(body) if new_head else ():
         if name not in own:
-            found.pop(name, None)
-        elif name not in found or found[name].shape != own[name].shape:
-            found[name] = own[name]
+            stored.pop(name, None)
+        elif name not in stored or stored[name].shape != own[name].shape:
+            stored[name] = own[name]
             kept.add(name)
-    add_batch_counters(found, shapes(own))
-    given, wanted = (
-        {name: shape for name, shape in shapes(state).items() if name not in kept} for state in (found, own)
+    add_batch_counters(stored, shapes(own))
+    actual, expected = (
+        {name: shape for name, shape in shapes(state).items() if name not in kept} for state in (stored, own)
     )
-    check_fit(given, wanted, f"the weights in {path} do not fit this model")
-    body.load_state_dict(found)
+    check_fit(actual, expected, f"the weights in {path} do not fit this model")
+    body.load_state_dict(stored)
 
 
 def _classifier(model: nn.Module) -> list[str]:

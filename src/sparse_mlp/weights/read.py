@@ -62,12 +62,12 @@ def names_and_tensors(model: nn.Module, path: Path) -> dict[str, Tensor]:
 
 def adapt(contents: Mapping[str, Any], model: nn.Module, use_ema: bool = True) -> dict[str, Tensor]:
     """Take wrappers, prefixes and MoCo v3's other parts off and rename to `model`'s names, by its checkpoint filter."""
-    found = unwrap_checkpoint(contents, use_ema, own=model.state_dict())
-    if any(name.startswith("MixerBlock_") for name in found):
-        found = from_google(found)
-    found = {name: torch.as_tensor(value) for name, value in from_moco(found).items()}  # an .npz holds arrays
+    weights = unwrap_checkpoint(contents, use_ema, own=model.state_dict())
+    if any(name.startswith("MixerBlock_") for name in weights):
+        weights = from_google(weights)
+    weights = {name: torch.as_tensor(value) for name, value in from_moco(weights).items()}  # an .npz holds arrays
     filter_fn = getattr(sys.modules[_module(model)], "checkpoint_filter_fn", None)
-    return dict(filter_fn(found, model)) if filter_fn else found
+    return dict(filter_fn(weights, model)) if filter_fn else weights
 
 
 def _module(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from sparse_mlp.report.style import clip, expert_colours, panel, styled, title
 
 MANY_CLASSES = 16  # more cannot be told apart by colour
 FEW_POINTS = 10  # too few for t-SNE
-MOST_POINTS = 2000  # t-SNE takes seconds for these
+MAX_POINTS = 2000  # t-SNE takes seconds for these
 
 
 def project(features: Floats) -> Floats:
@@ -35,7 +35,7 @@ def map_figure(features: Floats, labels: Ints, names: Sequence[str], heading: st
 
     Up to 16 classes have a legend; more are drawn in one ramp of colours, without one.
     """
-    rows = np.sort(np.random.default_rng(0).permutation(len(features))[:MOST_POINTS])
+    rows = np.sort(np.random.default_rng(0).permutation(len(features))[:MAX_POINTS])
     plane, labels = project(features[rows]), labels[rows]
     present = np.unique(labels)
     colours = expert_colours(len(present))

@@ -1,4 +1,4 @@
-"""The report of a classification run: report.html, all in one file, and its figures."""
+"""What the pages of several kinds of run share: sections on training and on classes, and writing the page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from sparse_mlp.errors import UserError
 from sparse_mlp.report.analysis import calibration, class_accuracy, confusion_matrix
@@ -20,60 +19,15 @@ from sparse_mlp.report.classes import (
     confusion_figure,
 )
 from sparse_mlp.report.curves import curve_figures
-from sparse_mlp.report.experts import channels_section, load_section, measured_section, patches_section, trace_examples
-from sparse_mlp.report.header import accuracy_tile, balance_tile, cost_tiles, run_head
 from sparse_mlp.report.page import Drawing, Figures, Head, Picture, image, settings, write_page
 from sparse_mlp.report.predictions import Predictions
-from sparse_mlp.report.routing import measure_load
-from sparse_mlp.report.run import Run, read_run
+from sparse_mlp.report.run import RunData
 from sparse_mlp.report.samples import Samples, mistake_rows, picture
 
-_MOST_FILES = 200  # misclassified images that the page lists
+_MAX_MISTAKES = 200  # misclassified images that the page lists
 
 
-def write_report(
-    run_dir: Path | str,
-    model: nn.Module | None = None,
-    samples: Samples | None = None,
-    *,
-    classes: Sequence[str] | None = None,
-    macs: int | None = None,
-    seed: int = 0,
-) -> Path:
-    """Write `report.html` and `figures/` (PNG and SVG) into a run folder; returns the page's path.
-
-    Args:
-        run_dir: any run folder, finished or not.
-        model: the trained model; with `samples` it is run on some of them to draw the routing.
-        samples: test images, at least those of `wanted_images(run_dir, seed)`.
-        classes: names in the order of the labels; default those of the folder's inputs.json, else the numbers.
-        macs: multiply-adds of the model for one image.
-        seed: which example images are shown.
-
-    FileNotFoundError or UserError, one line, for a folder that is no run or whose files do not parse.
-    """
-    run = read_run(run_dir)
-    names = class_names(run, classes)
-    figures = Figures(run.path / "figures")
-    sections: dict[str, object] = {
-        "curves": curves_section(run, figures),
-        "classes": classes_section(run, figures, names, samples),
-        "load": load_section(run, figures),
-    }
-    balanced = balance_tile({name: routing.final_load() for name, routing in run.routing.items()})
-    if model is not None and samples is not None and len(samples.images):
-        if not run.routing:
-            measured = measure_load(model, samples.images)
-            sections["load"] = measured_section(measured, len(samples.images), figures)
-            balanced = balance_tile({name: found.load for name, found in measured.items()}, ", on test images")
-        examples = trace_examples(run, model, samples, names, seed)
-        sections["patches"] = patches_section(examples, figures)
-        sections["channels"] = channels_section(examples, figures)
-    head = run_head(run, [*accuracy_tile(run), *cost_tiles(run, macs), *balanced])
-    return save_page(run, "run.html.j2", head, sections)
-
-
-def save_page(run: Run, template: str, head: Head, sections: Mapping[str, object]) -> Path:
+def save_page(run: RunData, template: str, head: Head, sections: Mapping[str, object]) -> Path:
     """Write the page of a run with its settings below; sections that are None are left out. Returns its path."""
     return write_page(
         run.path / "report.html",
@@ -85,7 +39,7 @@ def save_page(run: Run, template: str, head: Head, sections: Mapping[str, object
     )
 
 
-def class_names(run: Run, classes: Sequence[str] | None = None) -> list[str]:
+def class_names(run: RunData, classes: Sequence[str] | None = None) -> list[str]:
     """Return the names of the classes: those given, else those the run folder knows, else their numbers."""
     number = run.predictions.num_classes if run.predictions is not None else None
     names = list(classes) if classes is not None else run.classes
@@ -94,9 +48,6 @@ def class_names(run: Run, classes: Sequence[str] | None = None) -> list[str]:
     if number is not None and len(names) != number:
         raise UserError(f"{run.path} has predictions of {number} classes, but {len(names)} class names are given")
     return [str(name) for name in names]
-
-
-# Training
 
 
 _CURVES = {
@@ -128,7 +79,7 @@ class CurvesSection:
     drawings: list[Drawing]
 
 
-def curves_section(run: Run, figures: Figures) -> CurvesSection | None:
+def curves_section(run: RunData, figures: Figures) -> CurvesSection | None:
     """Return the curves of a run; None where nothing was logged."""
     captions = _CURVES | (_PRETRAINING_CURVES if run.pretraining else {})
     drawn = [figures.add(figure, name, captions[name]) for name, figure in curve_figures(run).items()]
@@ -137,9 +88,6 @@ def curves_section(run: Run, figures: Figures) -> CurvesSection | None:
         "one is what was logged and the strong one its moving average."
     )
     return CurvesSection(lead, drawn) if drawn else None
-
-
-# Classes
 
 
 @dataclass(frozen=True)
@@ -170,7 +118,7 @@ class ClassesSection:
 
 
 def classes_section(
-    run: Run, figures: Figures, names: Sequence[str], samples: Samples | None = None, extra: Sequence[Drawing] = ()
+    run: RunData, figures: Figures, names: Sequence[str], samples: Samples | None = None, extra: Sequence[Drawing] = ()
 ) -> ClassesSection | None:
     """Return what is right and wrong; None without predictions. `extra` figures come first."""
     predictions = run.predictions
@@ -223,7 +171,7 @@ def classes_section(
 
 def _misses(predictions: Predictions, names: Sequence[str]) -> list[tuple[str, str, str, str]]:
     rows = np.flatnonzero(~predictions.correct)
-    rows = rows[np.argsort(-predictions.probability[rows], kind="stable")][:_MOST_FILES]
+    rows = rows[np.argsort(-predictions.probability[rows], kind="stable")][:_MAX_MISTAKES]
     found = [
         (
             predictions.name(int(row)),
