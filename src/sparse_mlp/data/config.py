@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -135,6 +136,9 @@ def check_configs(data: DataConfig, augment: AugmentConfig) -> None:
     """ValueError, one line, for numbers that cannot be, whatever the set."""
     for name, least in (("image_size", 1), ("batch_size", 1), ("repeats", 1), ("eval_batch_size", 1), ("workers", 0)):
         _between(f"data.{name}", getattr(data, name), least, math.inf)
+    processes = max(64, 8 * (os.cpu_count() or 1))
+    if data.workers > processes:  # each is a process with its own memory: thousands take the machine down
+        raise UserError(f"data.workers {data.workers} is more than the {processes} processes that this machine should start")
     for name in ("num_classes", "num_samples"):
         _between(f"data.{name}", getattr(data, name), 1, math.inf)
     if data.label_seed and data.label_share is None:

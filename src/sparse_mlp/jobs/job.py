@@ -95,7 +95,10 @@ class Job(ABC, Generic[R]):
         return recipe.train.device  # type: ignore[attr-defined]
 
     def inputs(self) -> dict[str, Any]:
-        """JSON files of the run folder, by name, that predicting and evaluating need besides the weights."""
+        """JSON files of the run folder, by name, that predicting and evaluating need besides the weights.
+
+        Written when a run begins and kept when it is resumed; None stands for no file.
+        """
         return {}
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:

@@ -8,6 +8,7 @@ starting points that hold for some dozens to some tens of thousands of images, n
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import statistics
@@ -28,6 +29,7 @@ from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Context
 from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.jobs.images import file_names, open_images
+from sparse_mlp.jobs.recipe import LENGTHS
 from sparse_mlp.recipes.facts import Facts
 from sparse_mlp.tasks.classify import ClassifyConfig
 
@@ -48,6 +50,8 @@ def recipe(default: ClassifyRecipe, given: ClassifyRecipe) -> ClassifyRecipe:
         data = replace(data, name="folder")
     found = open_images(replace(data, batch_size=1), AugmentConfig(), Context(trusted=True))
     images = len(found.train)  # type: ignore[arg-type]
+    if not images:
+        raise UserError(f"data.test_share {data.test_share} leaves no image of {data.root or data.name} to train on")
     model = replace(given.model, pretrained=given.model.weights is None and _can_fetch(given.model.name))
     begun = model.pretrained or model.weights is not None
     names = file_names(found.train, range(0, images, max(1, images // _SAMPLE)))
@@ -57,14 +61,50 @@ def recipe(default: ClassifyRecipe, given: ClassifyRecipe) -> ClassifyRecipe:
     channels = data.channels or (1 if grey else 3)
     facts = Facts(images, len(found.classes), size, channels)
     made = _settings(facts, begun)
+    made = replace(made, schedule=_schedule(default.train, given.train, made, facts))
     made = replace(
         made,
         name=default.name,
         model=replace(default.model, pretrained=model.pretrained),
         data=replace(default.data, name=data.name, image_size=size, channels=channels, batch_size=made.data.batch_size),
     )
-    _describe(made, facts, data.root or data.name)
+    begins = "published weights" if model.pretrained else model.weights or "from scratch"
+    _log.info(
+        "%s on %s: %s training images, %s classes, %s x %s pixels, %s; %s",
+        model.name,
+        data.root or data.name,
+        images,
+        facts.classes,
+        size,
+        size,
+        "grey" if facts.grey else "colour",
+        begins,
+    )
     return made
+
+
+def describe(recipe: ClassifyRecipe) -> None:
+    """Log the settings that a run has in the end, whether they were chosen here or given."""
+    train, augment = recipe.train, recipe.augment
+    length = ", ".join(f"{value:g} {unit}" for unit in LENGTHS if (value := getattr(train, unit)) is not None)
+    varied = [name for name, value in vars(augment).items() if value != getattr(AugmentConfig(), name)]
+    _log.info(
+        "batch %s, %s, learning rate %.2g; augmentation: %s; each is an option: --train.epochs, --data.batch-size, ...",
+        recipe.data.batch_size,
+        length,
+        recipe.optim.lr,
+        ", ".join(varied) or "none",
+    )
+
+
+def _schedule(default: TrainConfig, given: TrainConfig, made: ClassifyRecipe, facts: Facts) -> ScheduleConfig:
+    """A warm-up of a tenth of the run, of the length that is given where one is."""
+    epochs = given.epochs if given.epochs != default.epochs else None
+    if given.steps is not None:
+        epochs = given.steps * made.data.batch_size / facts.images
+    if epochs is None or not 0 < epochs < math.inf:  # what cannot be is refused with the rest of the recipe
+        epochs = made.train.epochs or 0
+    return ScheduleConfig(warmup_epochs=epochs / 10)
 
 
 def _settings(facts: Facts, begun: bool) -> ClassifyRecipe:
@@ -81,7 +121,6 @@ def _settings(facts: Facts, begun: bool) -> ClassifyRecipe:
         augment=augment,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(lr=(1e-4 if begun else 1e-3) * max(1, batch / 32) ** 0.5, weight_decay=0.05),
-        schedule=ScheduleConfig(warmup_epochs=epochs / 10),
         train=TrainConfig(epochs=max(10, epochs // 3) if begun else epochs, clip_grad=1.0),
     )
 
@@ -94,7 +133,7 @@ def _measure(files: Sequence[Path]) -> tuple[int, bool]:
             with Image.open(file) as image:
                 sides.append(min(image.size))
                 modes.add(image.mode)
-        except OSError:  # named when it is read
+        except (OSError, Image.DecompressionBombError):  # named when it is read
             continue
     return (round(statistics.median(sides)), modes <= set(_GREY)) if sides else (224, False)
 
@@ -137,25 +176,3 @@ def _reach(published: PretrainedCfg) -> None:
         host = address.hostname
     if not cached and host:
         socket.create_connection((host, 443), timeout=5).close()
-
-
-def _describe(made: ClassifyRecipe, facts: Facts, where: str) -> None:
-    begun = "published weights" if made.model.pretrained else made.model.weights or "from scratch"
-    varied = [name for name, value in vars(made.augment).items() if value != getattr(AugmentConfig(), name)]
-    _log.info(
-        "%s on %s: %s training images, %s classes, %s x %s pixels, %s; %s; batch %s, %g epochs, warm-up %g, "
-        "learning rate %.2g; augmentation: %s. Each is an option: --data.image-size, --train.epochs, ...",
-        made.model.name,
-        where,
-        facts.images,
-        facts.classes,
-        facts.image_size,
-        facts.image_size,
-        "grey" if facts.grey else "colour",
-        begun,
-        made.data.batch_size,
-        made.train.epochs,
-        made.schedule.warmup_epochs,
-        made.optim.lr,
-        ", ".join(varied) or "none",
-    )
