@@ -99,6 +99,16 @@ def test_what_is_printed_is_what_is_trained(
     assert recipe.schedule.warmup_epochs == pytest.approx(warmup, rel=0.05)
 
 
+def test_two_images_a_class_are_enough_to_try(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (40, 40)).save(tmp_path / "images" / name / f"{number}.png")
+    recipe = recipes.recipe("resnet10t", data={"root": tmp_path / "images"}, train={"steps": 1})
+    assert recipe.data.batch_size == 2
+    assert sparse_mlp.train(recipe, tmp_path / "run", show=False).metrics["images"] == 3
+
+
 def test_a_folder_that_is_all_for_the_test(photos: Path) -> None:
     with pytest.raises(UserError, match=r"data\.test_share 1\.0 leaves no image"):
         recipes.recipe("resnet10t", data={"root": str(photos), "test_share": 1.0})

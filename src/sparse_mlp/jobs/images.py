@@ -15,7 +15,16 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, InputSpec, build_datasets, image_data_from, is_remote
+from sparse_mlp.data import (
+    AugmentConfig,
+    BadImageError,
+    DataConfig,
+    ImageData,
+    InputSpec,
+    build_datasets,
+    image_data_from,
+    is_remote,
+)
 from sparse_mlp.engine import RunFolder
 from sparse_mlp.engine.run import read_json
 from sparse_mlp.errors import UserError
@@ -213,8 +222,14 @@ def samples(run: RunFolder, data: ImageData) -> Samples | None:
         _log.warning("%s of the %s images that the report shows are gone", len(wanted) - len(places), len(wanted))
     if not places:
         return None
-    batch = data.test.batch(list(places.values()))
-    return Samples(batch["image"], batch["target"], torch.tensor(list(places)), data.spec.mean, data.spec.std)
+    try:
+        batch = data.test.batch(list(places.values()))
+    except BadImageError as error:
+        _log.warning("the report of %s shows no images: %s", run.path, error)
+        return None
+    index = {place: number for number, place in places.items()}
+    numbers = torch.tensor([index[place] for place in batch["index"].tolist()], dtype=torch.long)
+    return Samples(batch["image"], batch["target"], numbers, data.spec.mean, data.spec.std) if len(numbers) else None
 
 
 def _places(run: RunFolder, images: Any, wanted: Sequence[int]) -> dict[int, int]:
