@@ -41,8 +41,9 @@ def run(arguments: list[str]) -> int:
     requested = _requested_runs([name for name in names if name not in finished], given, rest)
     if not 2 <= len(requested) + len(finished) <= _MAX_RUNS:
         raise UserError(f"compare takes two to {_MAX_RUNS} recipes or runs, not {len(requested) + len(finished)}")
-    if finished and rest and not requested:
-        raise UserError(f"{rest[0]} would be ignored: finished runs are taken as they are")
+    ignored = rest[:1] or (["--seeds"] if given.seeds is not None else [])
+    if finished and ignored and not requested:
+        raise UserError(f"{ignored[0]} would be ignored: finished runs are taken as they are")
     runs = [Run(Path(name)) for name in finished]
     for entry in runs:
         entry.metrics  # noqa: B018 - FileNotFoundError for a run that has not finished
@@ -69,8 +70,14 @@ def _requested_runs(names: Sequence[str], given: CompareOptions, options: Sequen
         if given.seeds is None:
             requested[given.out / name] = recipe
             continue
+        before: Any = getattr(recipes.get(name), "train", None)
+        if before is None:
+            raise UserError(f"--seeds {given.seeds} would be ignored: {name} trains nothing")
+        own: Any = recipe.train  # type: ignore[attr-defined]
+        if own.seed != before.seed:
+            raise UserError(f"--train.seed {own.seed} would be ignored: --seeds {given.seeds} gives the seeds")
         for seed in range(given.seeds):
-            train: Any = replace(recipe.train, seed=seed)  # type: ignore[attr-defined]
+            train: Any = replace(own, seed=seed)
             requested[given.out / f"{name}-seed{seed}"] = replace(recipe, train=train)  # type: ignore[call-arg]
     return requested
 

@@ -16,7 +16,7 @@ from sparse_mlp.data import SETS, AugmentConfig, DataConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Context, ModelConfig
 from sparse_mlp.jobs.classify import evaluate_model
-from sparse_mlp.jobs.images import open_images
+from sparse_mlp.jobs.images import log_notes, open_images
 from sparse_mlp.jobs.recipe import Arguments
 from sparse_mlp.tasks.classify import ClassifyConfig
 
@@ -73,6 +73,7 @@ def _evaluate_model(target: str, options: list[str]) -> dict[str, float]:
     config = ModelConfig(target, given.model_args, given.pretrained)
     with distributed.join(given.device) as device:
         data = open_images(images, AugmentConfig(), Context(trusted=True))
+        log_notes(data)
         if given.checkpoint is not None:
             model = jobs.load_model(config, data.spec, given.checkpoint)
         else:

@@ -73,4 +73,5 @@ def _show_log() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("sparse-mlp: %(message)s"))
     logger = logging.getLogger("sparse_mlp")
-    logger.handlers, logger.level = [handler], logging.INFO
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)

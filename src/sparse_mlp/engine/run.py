@@ -97,8 +97,16 @@ class RunFolder:
         return self.path / "results.json"
 
     def results(self) -> dict[str, Any] | None:
-        """`metrics` of the last evaluation of a run that was trained to its end; None while it was not."""
-        return json.loads(self.results_path.read_text()) if self.results_path.is_file() else None
+        """`metrics` of the last evaluation of a run that was trained to its end; None while it was not.
+
+        UserError if the file is damaged.
+        """
+        if not self.results_path.is_file():
+            return None
+        results = read_json(self.results_path)
+        if not isinstance(results.get("metrics"), dict):
+            raise UserError(f"{self.results_path} is damaged: it has no metrics")
+        return results
 
     def has_checkpoint(self) -> bool:
         return last_checkpoint(self.checkpoints) is not None
@@ -128,13 +136,7 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration. UserError if the file is damaged."""
-        try:
-            config = json.loads(self.config_path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.config_path} is not valid JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{self.config_path} should hold a JSON object, not a {type(config).__name__}")
-        return config
+        return read_json(self.config_path)
 
     def weights(self, *, ema: bool | None = None) -> Path:
         """Weights file of the newest checkpoint; with `ema` None the averaged weights if the run kept them.
@@ -151,6 +153,17 @@ class RunFolder:
                 f"{path} does not exist" + ("; the run kept no average of its weights" if path == averaged else "")
             )
         return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run folder holds. UserError, which names the file, if that is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
 
 
 def write_json(path: Path, value: Any) -> None:

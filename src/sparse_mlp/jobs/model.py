@@ -71,8 +71,9 @@ def load_model(config: ModelConfig, spec: InputSpec, path: Path) -> nn.Module:
     return model.eval()
 
 
-def load_weights(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) -> None:
     """`weights.load`, from a file or from a run folder."""
+    path = Path(path)
     if path.is_dir() and (path / "config.json").is_file():
         path = RunFolder.open(path).weights()
     weights.load(model, path, new_head=new_head)
