@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset
 from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, InputSpec, build_datasets, image_data_from, is_remote
 from sparse_mlp.engine import RunFolder
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.job import Context, Job
+from sparse_mlp.jobs.job import INPUTS, Context, Job, check_export_target
 from sparse_mlp.jobs.model import build_model, load_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe, from_json
 from sparse_mlp.report import Samples, wanted_images
@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Recipe)
 
-INPUTS, SPLIT = "inputs.json", "split.json"
-"""Names of files in a run folder: what the model is given, and which images it was trained and tested on."""
+SPLIT = "split.json"
+"""File of a run folder: which images were training and which test images."""
 
 OWN_DATASETS = "own"
 """What data.name becomes in the configuration of a run on a user's own datasets."""
@@ -86,8 +86,7 @@ class ImageJob(Job[R]):
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:
         """Bare timm weights without a classifier, as a safetensors file; the code that loads it is tested."""
-        if target.suffix != ".safetensors" or target.is_dir():
-            raise UserError(f"the file to write must end in .safetensors, got {target}")
+        check_export_target(target)
         return export_backbone(load_model_config(run), load_inputs(run), run, target)
 
 

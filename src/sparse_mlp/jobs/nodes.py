@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
-from sparse_mlp.engine.run import naming
+from sparse_mlp.engine.run import write_npz
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.job import Context, EvalOptions, Job, PredictOptions, Row
+from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, PredictOptions, Row, check_export_target
 from sparse_mlp.jobs.model import load_weights
 from sparse_mlp.jobs.recipe import Recipe
 from sparse_mlp.models.graph_mlp import GraphMlp
@@ -39,7 +39,6 @@ from sparse_mlp.data.node_batches import NodeBatches, eval_batches
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
 from sparse_mlp.tasks.teacher import TeacherConfig, check_teacher, train_teacher
 
-INPUTS = "inputs.json"
 TEACHER = "teacher.npz"
 
 _log = logging.getLogger(__name__)
@@ -156,7 +155,7 @@ class NodesJob(Job[NodesRecipe]):
             return _read_probabilities(path, self.graph)
         recipe = self.recipe
         probabilities = train_teacher(self.graph, recipe.teacher, recipe.train, run, device, resume=resume, show=show)
-        distributed.on_main(lambda: _write_probabilities(path, probabilities))
+        distributed.on_main(lambda: write_npz(path, {"probabilities": probabilities}))
         return probabilities
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
@@ -221,8 +220,7 @@ class NodesJob(Job[NodesRecipe]):
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:
         """The weights as a safetensors file; the names are those of the authors' code."""
-        if target.suffix != ".safetensors" or target.is_dir():
-            raise UserError(f"the file to write must end in .safetensors, got {target}")
+        check_export_target(target)
         recipe, inputs = cls.stored(run), read_inputs(run)
         model = _load_network(run, recipe)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -284,13 +282,6 @@ def _remove_teacher(run: RunFolder) -> None:
     """What an earlier run that did not take a step left in the folder."""
     (run.path / TEACHER).unlink(missing_ok=True)
     shutil.rmtree(run.path / "teacher", ignore_errors=True)
-
-
-def _write_probabilities(path: Path, probabilities: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.stem}.tmp.npz")
-    with naming(path):
-        np.savez_compressed(temporary, probabilities=probabilities)
-    temporary.replace(path)
 
 
 def _read_probabilities(path: Path, graph: Graph) -> np.ndarray:
