@@ -73,7 +73,7 @@ class ImageJob(Job[R]):
         super().prepare(run, device)
 
     def inputs(self) -> dict[str, Any]:
-        split = self.data.split()
+        split = self.data.split
         return {INPUTS: asdict(self.data.spec), **({SPLIT: split} if split else {})}
 
     def log_bad_images(self) -> None:
@@ -112,7 +112,7 @@ def file_names(images: Any, index: Sequence[int]) -> list[str] | None:
 
 
 def load_inputs(run: RunFolder) -> InputSpec:
-    """What the model of a run is given and what its classes are called. UserError or OSError naming the file."""
+    """The input format and the class names of a run's model. UserError or OSError naming the file."""
     path = run.path / INPUTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run has no images")
