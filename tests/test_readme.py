@@ -39,7 +39,12 @@ COMMANDS = {
     for page in PAGES
     for block in blocks(page, "console")
     for words in command_lines(block)
-} | {f"help: {' '.join(words)}": words for text in (TRAIN, EVAL) for words in command_lines(text) if not {"RECIPE", "MODEL", "RUN"} & set(words)}
+} | {
+    f"help: {' '.join(words)}": words
+    for text in (TRAIN, EVAL)
+    for words in command_lines(text)
+    if not {"RECIPE", "MODEL", "RUN"} & set(words)
+}
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())

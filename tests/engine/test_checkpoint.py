@@ -139,7 +139,7 @@ def declare(shape, data=b""):
         (struct.pack("<Q", 40 * 2**30) + b"{", "is damaged: state cannot be read"),
         (struct.pack("<Q", 2) + b"[]", "is damaged: state cannot be read"),
         (b"", "is damaged: state cannot be read"),
-        (declare([2], b"\0" * 8), "does not fit this model and optimiser: 0 tensors match"),
+        (declare([2], b"\0" * 8), "does not fit this model and optimiser: 0 matched"),
     ],
 )
 def test_a_header_that_lies_is_one_line(content, message, tmp_path):
@@ -168,8 +168,8 @@ def test_a_foreign_checkpoint_lists_what_fits(folder, tensors):
     wanted = {name: tensors[name] for name in ("task.weight", "optimizer.step")}
     wanted |= {"task.half": torch.zeros(3), "task.other": torch.zeros(1)}
     expected = (
-        "does not fit this model and optimiser: 2 tensors match; missing: task.other; "
-        "unexpected: task.count, task.none; of another shape: task.half"
+        "does not fit this model and optimiser: 2 matched, 1 missing (task.other), "
+        "2 unexpected (task.count, task.none), 1 of another shape (task.half"
     )
     with pytest.raises(CheckpointError, match=re.escape(expected)):
         load_tensors(last_checkpoint(folder), wanted)
@@ -250,7 +250,7 @@ def test_resuming_another_model(make_trainer, new_line):
             super().__init__()
             self.line.extra = nn.Linear(1, 2)
 
-    with pytest.raises(CheckpointError, match=r"does not fit this model and optimiser: .* missing: .*line.extra"):
+    with pytest.raises(CheckpointError, match=r"does not fit this model and optimiser: .* missing .*line.extra"):
         make_trainer(steps=2, task=Wider()).fit(resume=True, show=False)
 
 

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from sparse_mlp.distributed import is_main, on_main
 from sparse_mlp.engine.errors import CheckpointError
 from sparse_mlp.errors import UserError
+from sparse_mlp.weights import CheckpointMismatch, check_fit
 
 _NAME = re.compile(r"step_(\d{8,})")
 _FORMAT = 2
@@ -125,15 +126,10 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise _damaged(path, f"state cannot be read ({_reason(error)})") from None
     stored = {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = {
-        "missing": sorted(expected.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - expected.keys()),
-        "of another shape": sorted(name for name in expected.keys() & stored.keys() if expected[name] != stored[name]),
-    }
-    if any(problems.values()):
-        matched = len(expected.keys() & stored.keys()) - len(problems["of another shape"])
-        listed = "; ".join(f"{kind}: {_abbreviated(names)}" for kind, names in problems.items() if names)
-        raise CheckpointError(f"{path} does not fit this model and optimiser: {matched} tensors match; {listed}")
+    try:
+        check_fit(stored, expected, f"{path} does not fit this model and optimiser")
+    except CheckpointMismatch as error:
+        raise CheckpointError(str(error)) from None
     try:
         _in_any_process_count(dcp.load, tensors, storage_reader=reader)
     except (Exception, CheckpointException) as error:
@@ -229,11 +225,6 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     before = [other for other in list_checkpoints(path.parent) if checkpoint_step(other) < checkpoint_step(path)]
     advice = f"; remove that folder to go on from {before[-1].name}" if before else "; there is no earlier one"
     return CheckpointError(f"checkpoint {path} is damaged: {what}{advice}")
-
-
-def _abbreviated(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def split_tensors(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sparse_mlp.jobs.images import ImageJob, load_inputs, load_trained
+from sparse_mlp.jobs.images import ImageJob, load_inputs, load_model_config
+from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.run import Run
 from sparse_mlp.report import read_run
 from sparse_mlp.report.cost import count_macs, count_parameters
@@ -35,7 +36,7 @@ def summarize(run: Run) -> Summary:
     macs = parameters = None
     if issubclass(run.job, ImageJob):
         spec = load_inputs(run.folder)
-        model = load_trained(run.folder)
+        model = build_model(replace(load_model_config(run.folder), pretrained=False, weights=None), spec)
         macs, parameters = count_macs(model, spec.channels, spec.image_size)[""], count_parameters(model)
     return Summary(
         scores=scores,
