@@ -31,7 +31,7 @@ from sparse_mlp.report.nodes import write_node_report
 if missing := [name for name in ("scipy", "torch_geometric") if find_spec(name) is None]:
     raise UserError(f"graphs need {' and '.join(missing)}: pip install 'sparse-mlp[graph]'")
 
-from sparse_mlp.data.edges import add_similar, trust_edges
+from sparse_mlp.data.edges import add_knn_edges, prune_edges
 from sparse_mlp.data.graph_config import GraphConfig, load_configured
 from sparse_mlp.data.graph_files import NAMES, check_features, read_features
 from sparse_mlp.data.graphs import Graph, feature_rows, rows_sum_to_one
@@ -101,10 +101,10 @@ class NodesJob(Job[NodesRecipe]):
             raise UserError(f"{graph.name}: there are no validation or test nodes with a label to evaluate on")
         if recipe.task.distill:
             check_teacher(graph, recipe.teacher)
-        if config.trust is not None:
-            self.graph = trust_edges(self.graph, config.trust)
-        if config.similar is not None:
-            self.graph = add_similar(self.graph, config.similar)
+        if config.min_similarity is not None:
+            self.graph = prune_edges(self.graph, config.min_similarity)
+        if config.knn_edges is not None:
+            self.graph = add_knn_edges(self.graph, config.knn_edges)
         torch.manual_seed(recipe.train.seed)
         model = build_network(recipe.model, graph.features.shape[1], graph.num_classes)
         self.task = NodeClassify(model, recipe.task)
