@@ -36,7 +36,7 @@ NAMES = ("cora", "citeseer", "pubmed", *_NPZ)
 
 @dataclass(frozen=True)
 class Split:
-    """Which nodes are for what: drawn at random where the data bring no split."""
+    """The split of the nodes: drawn at random where the data have none."""
 
     seed: int = 0
     """Of the random split; where masks have several columns, the column."""

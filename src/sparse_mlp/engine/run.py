@@ -112,7 +112,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder. UserError if one does.
 
-        The system releases the lock when the process ends, in whatever way.
+        The system releases the lock when the process ends, also if it is killed.
         """
         if fcntl is None:
             yield

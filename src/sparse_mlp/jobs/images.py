@@ -95,7 +95,7 @@ def open_images(
 ) -> ImageData:
     """The data of a recipe; of a run that exists, split as it was when the run began.
 
-    With `classes`, labels are indices into these names, whatever the order of the set's own.
+    With `classes`, labels are indices into these names, not into those of the set.
     """
     if context.datasets is not None:
         return image_data_from(*context.datasets, config=data, augment=augment)
@@ -134,7 +134,7 @@ def load_split(run: RunFolder) -> dict[str, list[str]] | None:
 
 
 def load_model_config(run: RunFolder, named: str = "") -> ModelConfig:
-    """Which model a run folder holds, whatever it was trained on: classes, no classes, or two views.
+    """The model configuration of a run on images of any kind.
 
     UserError for a model that would be fetched, unless the user `named` this very one.
     """

@@ -97,7 +97,7 @@ def train(
             set that the recipe names.
         show: a progress bar.
 
-    UserError or OSError in one line for whatever does not exist or fit; FileExistsError if the folder holds a run.
+    UserError or OSError in one line for what does not exist or fit; FileExistsError if the folder holds a run.
     """
     context = Context(trusted=True, datasets=datasets)
     return _start(recipe, context, Path(out) if out is not None else None, resume=False, show=show)

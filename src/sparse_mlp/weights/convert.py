@@ -61,7 +61,7 @@ def convert_file(source: Path, model_name: str, target: Path, use_ema: bool = Tr
     tensors.
 
     Pickled files are read without executing code. FileNotFoundError for a source or folder that is not there, UserError
-    for whatever cannot be read, does not fit or cannot be written.
+    for files that cannot be read, do not fit or cannot be written.
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
