@@ -104,7 +104,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         return with_file_names(evaluation.predictions, self.data)
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
-        self.log_bad_images()
+        super().finish(run, evaluation)
         write_predictions_csv(run.path / "predictions.csv", self.predictions(evaluation), self.data.classes)
 
     def summary(self, evaluation: Evaluation) -> str:

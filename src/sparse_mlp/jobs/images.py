@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, InputSpec, build_datasets, image_data_from, is_remote
-from sparse_mlp.engine import RunFolder
+from sparse_mlp.engine import Evaluation, RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import INPUTS, Context, Job, check_export_target
 from sparse_mlp.jobs.model import build_model, load_weights
@@ -76,7 +76,7 @@ class ImageJob(Job[R]):
         split = self.data.split
         return {INPUTS: asdict(self.data.spec), **({SPLIT: split} if split else {})}
 
-    def log_bad_images(self) -> None:
+    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
         """Log which images could not be read."""
         bad = self.data.bad_images()
         if bad:

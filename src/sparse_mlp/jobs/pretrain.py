@@ -88,9 +88,6 @@ class PretrainJob(ImageJob[PretrainRecipe]):
             steps_per_epoch=per_epoch,
         )
 
-    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
-        self.log_bad_images()
-
     def summary(self, evaluation: Evaluation) -> str:
         metrics = evaluation.metrics
         parts = [f"{name} {value:.2%}" for name, value in metrics.items() if name.startswith("knn_")]
