@@ -50,7 +50,7 @@ def before(method: str, graph: Graph, share: float, seed: int, runs: Path) -> di
         recipe = bfloat16(published(graph.name, seed) if method == "published" else ours(graph.name, seed))
     data = replace(recipe.data, source=str(write_graph(graph, runs / f"{graph.name}-{share}-seed{seed}" / "data.pt")))
     if method == "trust":
-        data = replace(data, trust=TRUST, similar=SIMILAR)
+        data = replace(data, min_similarity=TRUST, knn_edges=SIMILAR)
     folder = runs / f"{graph.name}-{share}-{method}-seed{seed}"
     return fit(replace(recipe, data=replace(data, row_normalize=False)), folder)
 

@@ -26,7 +26,7 @@ _HOMES = {"MoeMlp": "moe", "Run": "jobs", "recipe": "recipes", "resume": "jobs",
 
 
 def __getattr__(name: str) -> Any:
-    """What trains is imported when it is first used: a model alone needs none of it."""
+    """Import the training code on first use, as models do not need it."""
     if name not in _HOMES:
         raise AttributeError(f"module 'sparse_mlp' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sparse_mlp.{_HOMES[name]}"), name)

@@ -151,11 +151,11 @@ def test_names_that_are_not_utf8_can_be_shown_and_stored(make_folder: MakeFolder
     picture(odd / "new\nline.png")
     data = build(root)
     assert data.classes == [r"caf\xe9", "cat"]
-    names = [*data.split()["train"], *data.split()["test"]]
+    names = [*data.split["train"], *data.split["test"]]
     assert {r"caf\xe9/\xff.png", r"caf\xe9/new\nline.png"} < set(names)
     "".join(names).encode()
-    again = build(root, split=data.split())
-    assert again.split() == data.split() and not again.notes
+    again = build(root, split=data.split)
+    assert again.split == data.split and not again.notes
     list(eval_loader(again, DataConfig()))
     for path in find_images([root]):
         display_name(path).encode()

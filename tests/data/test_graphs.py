@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from sparse_mlp.data.edges import add_similar, corrupt_edges, planted_graph, trust_edges
+from sparse_mlp.data.edges import add_knn_edges, corrupt_edges, planted_graph, prune_edges
 from sparse_mlp.data.graph_files import Split, from_data, load_graph
 from sparse_mlp.data.graphs import from_arrays, random_split, rows_sum_to_one
 from sparse_mlp.data.node_batches import NodeBatches, eval_batches, hop_weights, normalized_adjacency
@@ -150,17 +150,17 @@ def test_corruption_replaces_that_share_of_the_edges(graph, share):
 
 def test_trusted_edges_are_those_of_similar_ends():
     x = np.array([[1, 0], [1, 0.1], [0, 1], [0, 1]], np.float32)
-    trusted = trust_edges(from_arrays(**arrays(features=x)), 0.5)
+    trusted = prune_edges(from_arrays(**arrays(features=x)), 0.5)
     assert trusted.adjacency.toarray().nonzero()[0].tolist() == [0, 1, 2, 3]  # 0-1 and 2-3
 
 
 def test_similar_nodes_are_joined_and_edges_stay():
     x = np.array([[1, 0], [1, 0.1], [0, 1], [0, 0]], np.float32)
-    joined = add_similar(from_arrays(**arrays(features=x, edges=np.array([[2], [3]]))), 1)
+    joined = add_knn_edges(from_arrays(**arrays(features=x, edges=np.array([[2], [3]]))), 1)
     # 0 and 1 choose each other, 2 chooses 1 (cosine 0.1), 3 has no features to choose by and keeps its edge
     assert np.argwhere(np.triu(joined.adjacency.toarray())).tolist() == [[0, 1], [1, 2], [2, 3]]
     with pytest.raises(ValueError, match="between 1 and 3, got 4"):
-        add_similar(joined, 4)
+        add_knn_edges(joined, 4)
 
 
 class Attack:

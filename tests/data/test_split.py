@@ -36,7 +36,7 @@ def build(root: Path, split=None, classes=None, **settings) -> ImageData:
 
 
 def stored(data: ImageData) -> dict[str, list[str]]:
-    return json.loads(json.dumps(data.split()))
+    return json.loads(json.dumps(data.split))
 
 
 def names(images) -> list[str]:
@@ -111,7 +111,7 @@ def test_training_images_that_are_gone_keep_their_place(make_folder: MakeFolder)
 def test_a_folder_with_its_own_division_stores_none(make_folder: MakeFolder):
     make_folder("set", "train")
     root = make_folder("set", "val").parent
-    assert build(root).split() == {} and build(root, {}).split() == {}
+    assert build(root).split == {} and build(root, {}).split == {}
     with pytest.raises(UserError, match="has a train/ folder now"):
         build(root, {"train": ["cat/00.png"], "test": ["dog/00.png"]})
 
@@ -124,7 +124,7 @@ def test_folders_beside_train_and_val_are_said(make_folder: MakeFolder):
 
 
 def test_a_split_is_for_folders():
-    assert build_datasets(DataConfig(), AugmentConfig()).split() == {}
+    assert build_datasets(DataConfig(), AugmentConfig()).split == {}
     with pytest.raises(UserError, match="a stored split is for a folder of images; digits has its own"):
         build_datasets(DataConfig(), AugmentConfig(), split={"train": ["a/b"], "test": []})
 

@@ -308,8 +308,8 @@ def test_options_of_a_teacher_that_is_not_trained_are_refused(recipe, tmp_path):
     [
         (GraphConfig, {"hops": 0}, "hops must be at least 1, got 0"),
         (GraphConfig, {"batch_size": 1}, "batch_size must be at least 2, got 1"),
-        (GraphConfig, {"trust": 2.0}, "trust is a cosine"),
-        (GraphConfig, {"similar": 0}, "similar must be at least 1, got 0"),
+        (GraphConfig, {"min_similarity": 2.0}, "min_similarity is a cosine"),
+        (GraphConfig, {"knn_edges": 0}, "knn_edges must be at least 1, got 0"),
         (GraphConfig, {"train_per_class": 0}, "train_per_class must be at least 1, got 0"),
         (GraphConfig, {"val_per_class": -1}, "val_per_class must be at least 0, got -1"),
     ],

@@ -14,7 +14,7 @@ from sparse_mlp.cli.output import console
 from sparse_mlp.cli.parse import parse
 from sparse_mlp.errors import UserError
 
-_DESCRIPTION = """Write the report of a run anew, or a page that sets several runs side by side."""
+_DESCRIPTION = """Write the report of a run again, or a page that compares several runs."""
 
 
 @dataclass(frozen=True)

@@ -177,14 +177,14 @@ def _stages(config: AugmentConfig, image_size: int, mean: Sequence[float], std: 
             "examples: rand-m9-mstd0.5-inc1, original, v0, 3a"
         ) from error
     for policy in stages[1].transforms:
-        _keep_a_bit(policy)
+        _clamp_posterize(policy)
     return stages
 
 
-def _keep_a_bit(policy: Any) -> None:
-    """Let a policy's posterize keep at least one bit a colour.
+def _clamp_posterize(policy: Any) -> None:
+    """Make a policy's posterize keep at least one bit per colour.
 
-    At full strength timm keeps none, which made the image black and which Pillow 13 refuses.
+    At full strength timm keeps none: the image is black, and Pillow 13 raises an error.
     """
     nested = getattr(policy, "policy", ())
     for operation in [*getattr(policy, "ops", ()), *(operation for group in nested for operation in group)]:

@@ -39,7 +39,8 @@ class DataConfig:
 
     repeats: int = 1
     """Times an image comes in a batch, each time augmented differently: 3 is the repeated augmentation of DeiT's
-    recipe. An epoch stays as long, and so shows one image in so many. Not for streams (hfids/, tfds/, wds/)."""
+    recipe. An epoch has the same number of steps, and so 1 / repeats of the images. Not for streams (hfids/, tfds/,
+    wds/)."""
 
     eval_batch_size: int = 256
     """Images in one evaluation batch, on each rank."""
@@ -59,7 +60,7 @@ class DataConfig:
 
     label_share: float | None = None
     """Train on this share of each class's images only, 0.01 or 0.1 for instance (semi-supervised learning). The images
-    are drawn with label_seed, the same whatever the seed of the run. Not for timm sets. Left out: all."""
+    are drawn with label_seed, independent of the seed of the run. Not for timm sets. Left out: all."""
 
     label_seed: int = 0
     """Which images label_share draws. Only with label_share."""

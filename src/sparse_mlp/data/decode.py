@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 MODES = {1: "L", 3: "RGB"}
-"""Pillow's name for images of so many channels."""
+"""Pillow's mode by number of channels."""
 
 # Formats that hold pictures and are decoded without another program: Pillow hands EPS to Ghostscript. JPEG 2000 is left
 # out because a file that was cut after its header passes for a whole one.
@@ -115,8 +115,8 @@ def convert_image(image: Image.Image, channels: int) -> Image.Image:
     """An image of any of Pillow's modes as 8-bit grey (1) or RGB (3), upright by its EXIF orientation.
 
     Black and white stay black and white: 16-bit values are scaled by their range. Transparency is dropped, as in
-    torchvision and timm. Raises BadImageError for 32-bit integers and floating point numbers: nobody agrees on their
-    white.
+    torchvision and timm. Raises BadImageError for 32-bit integers and floating point numbers, which have no
+    agreed value for white.
     """
     orientation = _orientation(image)
     image = _to_eight_bit(image)
@@ -131,7 +131,7 @@ def convert_image(image: Image.Image, channels: int) -> Image.Image:
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    # A damaged EXIF block raises whatever its parser meets; the picture is not the worse for it.
+    # A damaged EXIF block raises different types; the pixels are not affected.
     except Exception:
         return None
 

@@ -12,7 +12,7 @@ import torch
 from sparse_mlp.data.graphs import Graph, from_arrays, random_split, symmetric
 from sparse_mlp.errors import UserError
 
-__all__ = ["add_similar", "corrupt_edges", "planted_graph", "trust_edges"]
+__all__ = ["add_knn_edges", "corrupt_edges", "planted_graph", "prune_edges"]
 
 
 def corrupt_edges(graph: Graph, share: float, seed: int) -> Graph:
@@ -38,7 +38,7 @@ def corrupt_edges(graph: Graph, share: float, seed: int) -> Graph:
     return replace(graph, adjacency=symmetric(pairs, graph.num_nodes)[0])
 
 
-def trust_edges(graph: Graph, threshold: float) -> Graph:
+def prune_edges(graph: Graph, threshold: float) -> Graph:
     """Keep the edges whose ends have features of a cosine above `threshold`; drop the others."""
     upper = sp.triu(graph.adjacency, 1).tocoo()
     features = sp.csr_matrix(graph.features)
@@ -53,10 +53,10 @@ def trust_edges(graph: Graph, threshold: float) -> Graph:
     return replace(graph, adjacency=symmetric(np.stack([upper.row[keep], upper.col[keep]]), graph.num_nodes)[0])
 
 
-def add_similar(graph: Graph, neighbours: int) -> Graph:
+def add_knn_edges(graph: Graph, neighbours: int) -> Graph:
     """Add an edge from each node to the `neighbours` others with features of the highest cosine.
 
-    Every pair of nodes is looked at, in blocks: minutes for 10^5 nodes. Nodes without features get none.
+    Every pair of nodes is compared, in blocks: minutes for 10^5 nodes. Nodes without features get none.
     """
     if not 1 <= neighbours < graph.num_nodes:
         raise UserError(f"neighbours must be between 1 and {graph.num_nodes - 1}, got {neighbours}")

@@ -76,20 +76,20 @@ def read_folder(
             raise UserError(
                 f"{display_name(root)} has a train/ folder now, and the run was trained on a split of its own"
             )
-        return _read_divided(root, channels, test_share)
+        return _read_presplit(root, channels, test_share)
     notes: list[str] = []
     if split:
         classes, files = _list_files(root, notes)
-        train, test, classes = _follow_split(root, files, split, notes)
+        train, test, classes = _apply_split(root, files, split, notes)
     else:
         images, classes = _list_samples(root, notes)
-        train, test = _divide(images, root, len(classes), 0.2 if test_share is None else test_share)
+        train, test = _split_classes(images, root, len(classes), 0.2 if test_share is None else test_share)
     names = {"train": [_relative(path, root) for path, _ in train], "test": [_relative(path, root) for path, _ in test]}
     return FolderSets(FolderSource(train, channels, root), FolderSource(test, channels, root), classes, names, notes)
 
 
-def _read_divided(root: Path, channels: int, test_share: float | None) -> FolderSets:
-    """A folder with train/ and a folder to test on."""
+def _read_presplit(root: Path, channels: int, test_share: float | None) -> FolderSets:
+    """A folder with train/ and a test folder."""
     if test_share is not None:
         raise UserError(f"data.test_share {test_share} would be ignored: {display_name(root)} has a train/ folder")
     tests = [root / name for name in _TEST_NAMES if (root / name).is_dir()]
@@ -157,7 +157,7 @@ def _relative(path: str, root: Path) -> str:
     return display_name(Path(path).relative_to(root).as_posix())
 
 
-def _follow_split(
+def _apply_split(
     root: Path, files: dict[str, list[Path]], split: Mapping[str, Sequence[str]], notes: list[str]
 ) -> tuple[_Samples, _Samples, list[str]]:
     """The images that a stored split names, in its order.
@@ -189,8 +189,8 @@ def _follow_split(
     return both[0], test, classes
 
 
-def _divide(samples: _Samples, root: Path, classes: int, test_share: float) -> tuple[_Samples, _Samples]:
-    """Give the share of each class whose names hash lowest to the test set: an added image moves few others."""
+def _split_classes(samples: _Samples, root: Path, classes: int, test_share: float) -> tuple[_Samples, _Samples]:
+    """Put the share of each class with the lowest name hashes into the test set: an added image moves few others."""
     if not 0 < test_share <= 1:
         raise UserError(f"data.test_share {test_share} must be above 0 and at most 1 (all images are tested on)")
     if test_share == 1:

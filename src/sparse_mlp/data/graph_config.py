@@ -44,11 +44,11 @@ class GraphConfig:
     sampling: Sampling = "published"
     """published: training nodes plus nodes drawn with repeats; distinct: no node twice."""
 
-    trust: float | None = None
-    """Use only edges whose ends have features of a cosine above this. Left out: all edges."""
+    min_similarity: float | None = None
+    """Use only edges between nodes whose features have a cosine above this. Left out: all edges."""
 
-    similar: int | None = None
-    """Add edges from each node to so many of the most similar features; looks at every pair of nodes."""
+    knn_edges: int | None = None
+    """Add edges from each node to this many nearest neighbours by features; compares every pair of nodes."""
 
     def __post_init__(self) -> None:
         if self.hops < 1:
@@ -60,10 +60,10 @@ class GraphConfig:
         for name, least in (("split_seed", 0), ("train_per_class", 1), ("val_per_class", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.trust is not None and not -1 <= self.trust < 1:
-            raise UserError(f"trust is a cosine, at least -1 and below 1; got {self.trust}")
-        if self.similar is not None and self.similar < 1:
-            raise UserError(f"similar must be at least 1, got {self.similar}")
+        if self.min_similarity is not None and not -1 <= self.min_similarity < 1:
+            raise UserError(f"min_similarity is a cosine, at least -1 and below 1; got {self.min_similarity}")
+        if self.knn_edges is not None and self.knn_edges < 1:
+            raise UserError(f"knn_edges must be at least 1, got {self.knn_edges}")
 
 
 def load_configured(config: GraphConfig) -> Graph:

@@ -36,7 +36,7 @@ NAMES = ("cora", "citeseer", "pubmed", *_NPZ)
 
 @dataclass(frozen=True)
 class Split:
-    """Which nodes are for what: drawn at random where the data bring no split."""
+    """The split of the nodes: drawn at random where the data have none."""
 
     seed: int = 0
     """Of the random split; where masks have several columns, the column."""
@@ -203,7 +203,7 @@ def from_data(data: Any, name: str = "graph", *, row_normalize: bool = False, sp
             "data.to_homogeneous(), or a Data with the x, y and edge_index of one type"
         )
     get = data.get if isinstance(data, dict) else lambda key: getattr(data, key, None)
-    x, y, edges = get("x"), get("y"), _edges(get, name)
+    x, y, edges = get("x"), get("y"), _edges(get)
     if x is None or y is None or edges is None:
         raise UserError(f"{name}: a graph needs x, edge_index and y")
     if edges.is_floating_point():
@@ -233,7 +233,7 @@ def from_data(data: Any, name: str = "graph", *, row_normalize: bool = False, sp
     return split.apply(graph)
 
 
-def _edges(get: Callable[[str], Any], name: str) -> torch.Tensor | None:
+def _edges(get: Callable[[str], Any]) -> torch.Tensor | None:
     """Edges (2, E) of `edge_index`, or of the sparse matrix `adj_t` or `adj`: their direction does not matter."""
     if get("edge_index") is not None:
         return get("edge_index")

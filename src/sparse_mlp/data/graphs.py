@@ -1,7 +1,7 @@
 """Graphs with features, labels and splits: checked, symmetric, sparse.
 
-PyTorch Geometric's transforms are not used here, for their numbers are others: `NormalizeFeatures` leaves rows alone
-whose sum is below 1, `RandomNodeSplit` draws validation nodes without regard to their class. Those that would give the
+PyTorch Geometric's transforms are not used here because their results differ: `NormalizeFeatures` does not scale rows
+whose sum is below 1, `RandomNodeSplit` draws validation nodes regardless of their class. Those that would give the
 same edges (`to_undirected`, `remove_self_loops`, `gcn_norm`) take lists of edges, where everything here is a SciPy
 matrix, and importing them takes seconds.
 """

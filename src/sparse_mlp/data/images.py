@@ -1,4 +1,4 @@
-"""Sets of labelled images that serve any batch by index: in memory, or read one by one."""
+"""Sets of labelled images with random access to batches: in memory, or read file by file."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class ArrayImages:
         """As ImageSet.file_name: images in memory have no files."""
 
     def subset(self, indices: np.ndarray) -> ArrayImages:
-        """Only the images at `indices`, numbered anew."""
+        """Only the images at `indices`, renumbered from 0."""
         images, labels = self.images.numpy()[indices], self.labels.numpy()[indices]
         return ArrayImages(images, labels, self.image_size, self.mean, self.std, self.augment)
 
     def relabelled(self, label_map: Sequence[int]) -> ArrayImages:
-        """The same images, label i become label_map[i]."""
+        """The same images, with label i replaced by label_map[i]."""
         images, labels = self.images.numpy(), np.asarray(label_map)[self.labels.numpy()]
         return ArrayImages(images, labels, self.image_size, self.mean, self.std, self.augment)
 
@@ -120,12 +120,12 @@ class FileImages:
         return listed_name(self.source, index) if named is None else named(index)
 
     def subset(self, indices: np.ndarray) -> FileImages:
-        """Only the images at `indices`, numbered anew."""
+        """Only the images at `indices`, renumbered from 0."""
         source = self.source.subset([int(i) for i in indices])
         return self._with_source(source, self.label_map)
 
     def relabelled(self, label_map: Sequence[int]) -> FileImages:
-        """The same images, label i become label_map[i]."""
+        """The same images, with label i replaced by label_map[i]."""
         own = range(len(label_map)) if self.label_map is None else self.label_map
         return self._with_source(self.source, [label_map[i] for i in own])
 

@@ -23,8 +23,7 @@ from sparse_mlp.errors import UserError
 
 
 def steps_per_epoch(data: ImageData, config: DataConfig) -> int:
-    """Whole batches in the training set, whatever `config.repeats`; the rest of an epoch's images wait for another
-    epoch's order.
+    """Whole batches in the training set, independent of `config.repeats`. The other images are not used in that epoch.
 
     Raises UserError where the set is smaller than a batch or its length is unknown.
     """
@@ -227,10 +226,10 @@ def _stream_loader(dataset: Any, batch_size: int, workers: int, seed: int, drop_
 
 
 def _restarted(dataset: Any, epoch: int) -> Any:
-    """The stream as if nothing had been read from it.
+    """A copy of the stream that starts from its beginning.
 
-    timm's readers go on shuffling where the last epoch stopped, which a resumed run cannot know. Worker processes begin
-    anew by themselves.
+    timm's readers continue their shuffling from the last epoch, which a resumed run cannot reproduce. Worker processes
+    start from a new copy.
     """
     dataset = copy.copy(dataset)
     dataset.reader = reader = copy.copy(dataset.reader)
@@ -254,8 +253,8 @@ def _set_num_workers(dataset: Any, workers: int) -> None:
 
 
 def _leave_signals_to_parent(_worker: int) -> None:
-    """Ctrl-C, and SIGTERM from a cluster's scheduler, reach the whole process group; the training process decides when
-    its workers end. It may do so with a SIGTERM too: so a second one counts, or a minute after the first."""
+    """Ignore the first SIGTERM: like Ctrl-C it reaches the whole process group, and the training process decides when
+    its workers end. It may end them by SIGTERM too, so the second one, or a minute after the first, ends the worker."""
     warned = False
 
     def end_if_warned(number: int, _: FrameType | None) -> None:

@@ -20,7 +20,7 @@ class BatchMixer:
             cutmix_alpha=config.cutmix,
             prob=config.mix_probability,
             switch_prob=config.cutmix_share,
-            label_smoothing=0.0,  # the loss smooths
+            label_smoothing=0.0,  # done by the loss
             num_classes=num_classes,
         )
 

@@ -1,4 +1,4 @@
-"""The raw files of the Planetoid citation graphs (Cora, Citeseer, Pubmed), read without running what is in them.
+"""Read the raw files of the Planetoid citation graphs (Cora, Citeseer, Pubmed) without executing code in them.
 
 The files are Python 2 pickles, and a pickle may call any function. This reader admits the six names that the original
 files use and refuses every other; matrices are collected as plain arrays, checked, and built by SciPy's public API, so

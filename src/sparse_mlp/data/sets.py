@@ -42,21 +42,16 @@ class ImageData:
     notes: list[str] = field(default_factory=list)
     """What was left out or is missing, a line each, for the caller to print."""
 
-    names: Mapping[str, list[str]] = field(default_factory=dict)
-    """See `split`."""
+    split: Mapping[str, list[str]] = field(default_factory=dict)
+    """Names of the training and of the test images, relative to the folder, for a folder that was divided here.
+
+    Stored with a run and passed to `build_datasets` again, it keeps training images out of the test set. Empty for sets
+    that have a split of their own."""
 
     @property
     def classes(self) -> list[str]:
         """Names, in the order of the labels."""
         return list(self.spec.classes)
-
-    def split(self) -> dict[str, list[str]]:
-        """Names of the training and of the test images, relative to the folder, for a folder that was divided here.
-
-        Stored with a run and given back to `build_datasets`, it keeps the images that were trained on out of the test.
-        Empty for every other set: those say themselves what is to be trained on.
-        """
-        return dict(self.names)
 
     def bad_images(self) -> list[str]:
         """Files that could not be read so far and were skipped."""
@@ -116,9 +111,9 @@ def build_datasets(
 ) -> ImageData:
     """Open the set that `data` names, to be augmented as `augment` says.
 
-    `split` is what `ImageData.split` gave when the run began: these images are trained on and tested on, whatever was
-    added to the folder since. `classes` are those of a trained model: the set's classes are matched with them by name.
-    `trusted` says that a person named this very set: only then is anything fetched, or opened that can run a program.
+    `split` is the `ImageData.split` of when the run began: images added to the folder since are not used. `classes` are
+    those of a trained model: the set's classes are matched with them by name. `trusted` says that the user named this
+    set: only then is anything fetched, or opened that can execute code.
 
     Raises UserError or FileNotFoundError in one line: an unknown name, files that are not there, options that the set
     does not know, or classes that differ.
@@ -138,7 +133,7 @@ def build_datasets(
             raise UserError("a folder set needs --data.root FOLDER")
         folder = read_folder(root, data.channels or 3, data.test_share, split)
         built = build_files(data, augment, folder.train, folder.test, folder.classes)
-        built = replace(built, notes=folder.notes, names=folder.split)
+        built = replace(built, notes=folder.notes, split=folder.split)
     elif data.name.lower().startswith(tuple(TIMM_PREFIXES)):
         built = build_files(data, augment, *open_timm(data, root))
     else:

@@ -34,11 +34,11 @@ def _forward(layer: nn.Module, x: Tensor) -> Tensor:
     forward = type(layer).forward
     if not layer.training or world_size() == 1:
         return forward(layer, x)
-    with _OverRanks():
+    with _SyncedStatistics():
         return forward(layer, x)
 
 
-class _OverRanks(TorchFunctionMode):
+class _SyncedStatistics(TorchFunctionMode):
     """Replaces `F.batch_norm` by `batch_norm_over_ranks` inside its block."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

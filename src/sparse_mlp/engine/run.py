@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparse_mlp.engine.checkpoint import clean, last_checkpoint
@@ -119,7 +120,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder. UserError if one does.
 
-        The system releases the lock when the process ends, in whatever way.
+        The system releases the lock when the process ends, also if it is killed.
         """
         if fcntl is None:
             yield
@@ -174,6 +175,14 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write compressed arrays atomically, as `write_json`."""
+    temporary = path.with_name(f".{path.stem}.tmp.npz")
+    with naming(path):
+        np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
     temporary.replace(path)
 
 

@@ -21,7 +21,7 @@ class Loaders:
     train: Callable[..., Iterable[Batch]]
     """`train(start_step=, steps=, rank=, world_size=)`: this rank's slice of the batches of these global steps.
 
-    It must be lazy: a run of so many minutes does not know its length, requests 2^40 steps and reads the first ones."""
+    It must be lazy: a run with train.minutes does not know its length, requests 2^40 steps and reads the first ones."""
 
     evaluate: Callable[..., Iterable[Batch]]
     """`evaluate(rank=, world_size=)`: this rank's batches of the evaluation set, each item on exactly one rank."""
@@ -82,7 +82,7 @@ class Task(nn.Module):
     def before_step(self, step: int, steps: int) -> None:
         """Called before update `step` (0-based) of `steps`, for the task's own schedules.
 
-        In a run of so many minutes `steps` is an estimate at the pace so far: step / steps is the share of the time.
+        In a run with train.minutes `steps` is an estimate at the pace so far: step / steps is the share of the time.
         """
 
     def gradient_metrics(self) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ class Trainer:
         return evaluation
 
     def _due(self, every: int | None, step: int) -> bool:
-        """Whether something happens after `step` updates: every so many, once an epoch (None), and at the end."""
+        """Whether `step` is a multiple of `every` updates, or of an epoch's (None), or the last step."""
         every = self.loaders.steps_per_epoch if every is None else every
         return step == self.steps or (every > 0 and step % every == 0)
 

@@ -1,4 +1,4 @@
-"""One kind of run, end to end, one file each; `run` starts, resumes and finishes any of them."""
+"""The kinds of run, one file each; `run` starts, resumes and finishes runs of any kind."""
 
 from sparse_mlp.jobs.job import Context, EvalOptions, Job, PredictOptions, Row
 from sparse_mlp.jobs.kinds import job_type, register

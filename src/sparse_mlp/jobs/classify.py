@@ -113,7 +113,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         return with_file_names(evaluation.predictions, self.data)
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
-        self.log_bad_images()
+        super().finish(run, evaluation)
         write_predictions_csv(run.path / "predictions.csv", self.predictions(evaluation), self.data.classes)
 
     def summary(self, evaluation: Evaluation) -> str:
@@ -158,7 +158,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
 
     @classmethod
     def report(cls, run: RunFolder, context: Context | None = None) -> Path:
-        """The page of a run; its images and their routing are drawn where they can be opened and are no stream."""
+        """The page of a run, with images and their routing where the data can be opened and are not a stream."""
         if not run.has_checkpoint():
             return write_classification_report(run.path)
         spec, model = load_inputs(run), load_trained(run)

@@ -25,10 +25,10 @@ from sparse_mlp.data import (
     image_data_from,
     is_remote,
 )
-from sparse_mlp.engine import RunFolder
+from sparse_mlp.engine import Evaluation, RunFolder
 from sparse_mlp.engine.run import read_json
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.job import Context, Job
+from sparse_mlp.jobs.job import INPUTS, Context, Job, check_export_target
 from sparse_mlp.jobs.model import build_model, load_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe, from_json
 from sparse_mlp.report import Samples, read_run, wanted_images
@@ -38,8 +38,8 @@ _log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Recipe)
 
-INPUTS, SPLIT = "inputs.json", "split.json"
-"""Names of files in a run folder: what the model is given, and which images it was trained and tested on."""
+SPLIT = "split.json"
+"""File of a run folder: which images were training and which test images."""
 
 OWN_DATASETS = "own"
 """What data.name becomes in the configuration of a run on a user's own datasets."""
@@ -81,9 +81,9 @@ class ImageJob(Job[R]):
         super().prepare(run, device)
 
     def inputs(self) -> dict[str, Any]:
-        return {INPUTS: asdict(self.data.spec), SPLIT: self.data.split() or None}
+        return {INPUTS: asdict(self.data.spec), SPLIT: self.data.split or None}
 
-    def log_bad_images(self) -> None:
+    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
         """Log which images could not be read."""
         bad = self.data.bad_images()
         if bad:
@@ -93,8 +93,7 @@ class ImageJob(Job[R]):
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:
         """Bare timm weights without a classifier, as a safetensors file; the code that loads it is tested."""
-        if target.suffix != ".safetensors" or target.is_dir():
-            raise UserError(f"the file to write must end in .safetensors, got {target}")
+        check_export_target(target)
         return export_backbone(load_model_config(run), load_inputs(run), run, target)
 
 
@@ -103,7 +102,7 @@ def open_images(
 ) -> ImageData:
     """The data of a recipe; of a run that exists, split as it was when the run began.
 
-    With `classes`, labels are indices into these names, whatever the order of the set's own.
+    With `classes`, labels are indices into these names, not into those of the set.
     """
     if context.datasets is not None:
         found = image_data_from(*context.datasets, config=data, augment=augment)
@@ -140,7 +139,7 @@ def file_names(images: Any, index: Sequence[int]) -> list[str] | None:
 
 
 def load_inputs(run: RunFolder) -> InputSpec:
-    """What the model of a run is given and what its classes are called. UserError or OSError naming the file."""
+    """The input format and the class names of a run's model. UserError or OSError naming the file."""
     path = run.path / INPUTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run has no images")
@@ -173,7 +172,7 @@ def _is_below(name: Any) -> bool:
 
 
 def load_model_config(run: RunFolder, named: str = "") -> ModelConfig:
-    """Which model a run folder holds, whatever it was trained on: classes, no classes, or two views.
+    """The model configuration of a run on images of any kind.
 
     UserError for a model that would be fetched, unless the user `named` this very one.
     """

@@ -22,6 +22,9 @@ from sparse_mlp.report import write_plain_report
 
 R = TypeVar("R", bound=Recipe)
 
+INPUTS = "inputs.json"
+"""File of a run folder: the inputs of the model and the names of its classes."""
+
 Row = dict[str, Any]
 """One prediction as JSON and CSV hold it: names and plain values."""
 
@@ -161,6 +164,12 @@ class Job(ABC, Generic[R]):
     def export(cls, run: RunFolder, target: Path) -> str:
         """Write the run's model for use without this package's commands; returns how it is loaded."""
         raise UserError(f"a run of the kind {cls.recipe_type.kind} has nothing to export")
+
+
+def check_export_target(target: Path) -> None:
+    """UserError unless the path can be a safetensors file."""
+    if target.suffix != ".safetensors" or target.is_dir():
+        raise UserError(f"the file to write must end in .safetensors, got {target}")
 
 
 def evaluation_batches(loaders: Loaders) -> Any:

@@ -98,9 +98,6 @@ class KnnJob(ImageJob[KnnRecipe]):
     def predictions(self, evaluation: Evaluation) -> dict[str, np.ndarray]:
         return with_file_names(evaluation.predictions, self.data)
 
-    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
-        self.log_bad_images()
-
     def summary(self, evaluation: Evaluation) -> str:
         return f"kNN top-1 {evaluation.metrics['top1']:.2%} of {evaluation.metrics['images']:,} images"
 

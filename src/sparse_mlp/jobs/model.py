@@ -25,7 +25,7 @@ from sparse_mlp.tasks.features import skip_final_norm
 
 _FROM_DATA = ("img_size", "in_chans", "num_classes")
 _FIELDS = {"checkpoint_path": "model.weights", "pretrained": "model.pretrained"}  # arguments with a field of their own
-_RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
+_RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names, the same for all models
 
 
 def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:

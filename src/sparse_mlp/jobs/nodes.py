@@ -17,9 +17,9 @@ from torch import Tensor
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
-from sparse_mlp.engine.run import naming, read_json
+from sparse_mlp.engine.run import read_json, write_npz
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.job import Context, EvalOptions, Job, PredictOptions, Row
+from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, PredictOptions, Row, check_export_target
 from sparse_mlp.jobs.model import load_weights
 from sparse_mlp.jobs.recipe import Recipe
 from sparse_mlp.models.graph_mlp import GraphMlp
@@ -30,7 +30,7 @@ from sparse_mlp.weights.write import write_file
 if missing := [name for name in ("scipy", "torch_geometric") if find_spec(name) is None]:
     raise UserError(f"graphs need {' and '.join(missing)}: pip install 'sparse-mlp[graph]'")
 
-from sparse_mlp.data.edges import add_similar, trust_edges
+from sparse_mlp.data.edges import add_knn_edges, prune_edges
 from sparse_mlp.data.graph_config import GraphConfig, load_configured
 from sparse_mlp.data.graph_files import NAMES, check_features, read_features
 from sparse_mlp.data.graphs import Graph, feature_rows, rows_sum_to_one
@@ -38,7 +38,6 @@ from sparse_mlp.data.node_batches import NodeBatches, eval_batches
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
 from sparse_mlp.tasks.teacher import TeacherConfig, check_teacher, train_teacher
 
-INPUTS = "inputs.json"
 TEACHER = "teacher.npz"
 _INPUT_TYPES = {
     "name": str,
@@ -109,10 +108,10 @@ class NodesJob(Job[NodesRecipe]):
             raise UserError(f"{graph.name}: there are no validation or test nodes with a label to evaluate on")
         if recipe.task.distill:
             check_teacher(graph, recipe.teacher)
-        if config.trust is not None:
-            self.graph = trust_edges(self.graph, config.trust)
-        if config.similar is not None:
-            self.graph = add_similar(self.graph, config.similar)
+        if config.min_similarity is not None:
+            self.graph = prune_edges(self.graph, config.min_similarity)
+        if config.knn_edges is not None:
+            self.graph = add_knn_edges(self.graph, config.knn_edges)
         torch.manual_seed(recipe.train.seed)
         model = build_network(recipe.model, graph.features.shape[1], graph.num_classes)
         self.task = NodeClassify(model, recipe.task)
@@ -163,7 +162,7 @@ class NodesJob(Job[NodesRecipe]):
             return _read_probabilities(path, self.graph)
         recipe = self.recipe
         probabilities = train_teacher(self.graph, recipe.teacher, recipe.train, run, device, resume=resume, show=show)
-        distributed.on_main(lambda: _write_probabilities(path, probabilities))
+        distributed.on_main(lambda: write_npz(path, {"probabilities": probabilities}))
         return probabilities
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
@@ -228,8 +227,7 @@ class NodesJob(Job[NodesRecipe]):
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:
         """The weights as a safetensors file; the names are those of the authors' code."""
-        if target.suffix != ".safetensors" or target.is_dir():
-            raise UserError(f"the file to write must end in .safetensors, got {target}")
+        check_export_target(target)
         recipe, inputs = cls.stored(run), read_inputs(run)
         model = _load_network(run, recipe)
         write_file(model.state_dict(), target)
@@ -294,13 +292,6 @@ def _remove_teacher(run: RunFolder) -> None:
     """What an earlier run that did not take a step left in the folder."""
     (run.path / TEACHER).unlink(missing_ok=True)
     shutil.rmtree(run.path / "teacher", ignore_errors=True)
-
-
-def _write_probabilities(path: Path, probabilities: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.stem}.tmp.npz")
-    with naming(path):
-        np.savez_compressed(temporary, probabilities=probabilities)
-    temporary.replace(path)
 
 
 def _read_probabilities(path: Path, graph: Graph) -> np.ndarray:

@@ -88,9 +88,6 @@ class PretrainJob(ImageJob[PretrainRecipe]):
             steps_per_epoch=per_epoch,
         )
 
-    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
-        self.log_bad_images()
-
     def summary(self, evaluation: Evaluation) -> str:
         metrics = evaluation.metrics
         parts = [f"{name} {value:.2%}" for name, value in metrics.items() if name.startswith("knn_")]
@@ -98,7 +95,7 @@ class PretrainJob(ImageJob[PretrainRecipe]):
 
     @classmethod
     def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
-        """The pooled features of each image, `feature_0`, `feature_1`, ...: the run has learned no classes."""
+        """The pooled features of each image, `feature_0`, `feature_1`, ...: the run has no classes."""
         backbone = load_trained(run, options.checkpoint)
 
         def features(images: torch.Tensor) -> list[Row]:
@@ -109,7 +106,7 @@ class PretrainJob(ImageJob[PretrainRecipe]):
 
     @classmethod
     def report(cls, run: RunFolder, context: Context | None = None) -> Path:
-        """The page of a run, with the map and the neighbours where its images can be opened and have numbers."""
+        """The page of a run, with the map and the neighbours where its images can be opened and indexed."""
         recipe = cls.stored(run)
         if not run.has_checkpoint():
             return write_pretraining_report(run.path)
@@ -126,7 +123,7 @@ class PretrainJob(ImageJob[PretrainRecipe]):
 
 
 def bank_images(recipe: PretrainRecipe, data: ImageData) -> np.ndarray:
-    """Numbers of the training images that the kNN compares with, in order: drawn once, the same in every run."""
+    """Sorted indices of the training images that the kNN compares with, the same in every run."""
     images = len(data.train)  # type: ignore[arg-type]
     chosen = np.random.default_rng(0).permutation(images)[: recipe.task.knn_images]
     return np.sort(chosen)
@@ -155,12 +152,12 @@ def _patch_size(config: ModelConfig) -> int | None:
 
 
 def _check_bank(recipe: PretrainRecipe, data: ImageData) -> None:
-    """UserError if the kNN of the evaluations cannot be."""
+    """UserError if the kNN of the evaluations cannot be computed."""
     if not recipe.task.knn_images:
         return
     if isinstance(data.train, IterableDataset):
         raise UserError(
-            f"the kNN needs training images by number, which the stream {recipe.data.name} has not; --task.knn-images 0"
+            f"the kNN needs training images by index, which the stream {recipe.data.name} has not; --task.knn-images 0"
         )
     if len(data.classes) < 2:
         raise UserError(
@@ -184,22 +181,22 @@ def _neighbourhood(recipe: PretrainRecipe, data: ImageData, backbone: nn.Module)
     device = torch.device("cpu")
     size, spec = recipe.data.eval_batch_size, data.spec
 
-    def features(images: ImageData, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        parts = (numbers[i : i + size] for i in range(0, len(numbers), size))
+    def features(images: ImageData, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        parts = (indices[i : i + size] for i in range(0, len(indices), size))
         return extract_features(backbone, (images.batch(part) for part in parts), device)  # type: ignore[attr-defined]
 
     chosen = np.sort(np.random.default_rng(0).permutation(len(data.test))[:_MAP_IMAGES])  # type: ignore[arg-type]
     known, _, known_index = features(data.train, bank_images(recipe, data))  # type: ignore[arg-type]
     test, labels, index = features(data.test, chosen)  # type: ignore[arg-type]
     rows = example_rows(labels.numpy(), seed=0)
-    cosines, found = nearest(known, test[rows], _NEIGHBOURS)
+    cosines, neighbours = nearest(known, test[rows], _NEIGHBOURS)
 
-    def pictures(images: ImageData, numbers: torch.Tensor) -> tuple[list, list[int]]:
-        batch = images.batch(numbers.tolist())  # type: ignore[attr-defined]
+    def pictures(images: ImageData, indices: torch.Tensor) -> tuple[list, list[int]]:
+        batch = images.batch(indices.tolist())  # type: ignore[attr-defined]
         return [picture(image, spec.mean, spec.std) for image in batch["image"]], batch["target"].tolist()
 
     queries, query_labels = pictures(data.test, index[rows])  # type: ignore[arg-type]
-    near = [pictures(data.train, known_index[row]) for row in found]  # type: ignore[arg-type]
+    near = [pictures(data.train, known_index[row]) for row in neighbours]  # type: ignore[arg-type]
     return Neighbourhood(
         features=test.numpy(),
         labels=labels.numpy(),

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import LENGTHS, Evaluation, RunFolder, check_longer
-from sparse_mlp.engine.run import naming, write_json
+from sparse_mlp.engine.run import write_json, write_npz
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import Context, Job, Row
 from sparse_mlp.jobs.kinds import job_type
@@ -103,7 +102,7 @@ def train(
             set that the recipe names.
         show: a progress bar.
 
-    UserError or OSError in one line for whatever does not exist or fit; FileExistsError if the folder holds a run.
+    UserError or OSError in one line for what does not exist or fit; FileExistsError if the folder holds a run.
     """
     if not isinstance(recipe, Recipe):
         raise UserError(f"train takes a recipe, not {recipe!r}: sparse_mlp.recipe(NAME, ...) gives one")
@@ -187,10 +186,7 @@ def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
     """Write the final weights, predictions, results and report into the run folder."""
     if run.has_checkpoint():
         _link(run.weights(), run.path / "model.safetensors")
-    temporary = run.path / ".predictions.tmp.npz"
-    with naming(run.path / "predictions.npz"):
-        np.savez_compressed(temporary, **job.predictions(evaluation))  # type: ignore[arg-type]
-    temporary.replace(run.path / "predictions.npz")
+    write_npz(run.path / "predictions.npz", job.predictions(evaluation))
     job.finish(run, evaluation)
     write_json(run.results_path, {"metrics": evaluation.metrics})
     page = type(job).report(run, replace(job.context, run=run))

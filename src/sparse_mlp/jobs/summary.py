@@ -1,4 +1,4 @@
-"""A run in one line of a comparison, whatever its kind."""
+"""The row of a run of any kind in the table of a comparison."""
 
 from __future__ import annotations
 

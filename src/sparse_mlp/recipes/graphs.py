@@ -63,6 +63,6 @@ def _fewer_hops(name: str) -> NodesRecipe:
 
 
 def _distilled(name: str, task: NodeLossConfig, teacher: TeacherConfig, lr: float = 1e-3) -> NodesRecipe:
-    """Distillation beside the published losses. The rate falls to 0, for the last weights are the ones kept."""
+    """Distillation beside the published losses. The learning rate decays to 0, as the last weights are kept."""
     optim, schedule = OptimConfig(opt="adam", lr=lr, weight_decay=5e-4), ScheduleConfig(sched="cosine")
     return NodesRecipe(name, GraphConfig(name), task=task, teacher=teacher, optim=optim, schedule=schedule)

@@ -41,12 +41,12 @@ def thin(values: Floats, limit: int = MAX_POINTS) -> Floats:
 
 
 def round_ticks(count: int, **options: bool) -> MaxNLocator:
-    """Return a locator of at most so many intervals, at round numbers."""
+    """Return a tick locator with at most `count` intervals, at round numbers."""
     return MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], **options)
 
 
 def plain(value: float, _: Any = None) -> str:
-    """Format a tick without mathematics or more digits than needed."""
+    """Format a tick in plain text with as few digits as needed."""
     if abs(value) >= 10_000:
         return f"{value / 1000:,.6g}k"
     return f"{value:.6g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
@@ -75,7 +75,7 @@ _FROM_ZERO = {"learning_rate", "gradient_norm", "first_gradient_norm", "throughp
 
 
 def curve_figures(run: RunData) -> dict[str, Figure]:
-    """Return the curves of a run by name; a curve nobody logged is left out. Each has the time along its top edge."""
+    """Return the curves that a run logged, by name. Each has the training time along its top edge."""
     figures = {}
     for name, title, train_key, test_key, ticks in _CURVES:
         if name == "throughput":
@@ -140,7 +140,7 @@ def _points(axes: Axes, step: Floats, values: Floats) -> None:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """Return the length of the unit in which to write so many seconds, and its name."""
+    """Return the unit for a duration: its length in seconds, and its name."""
     if seconds < 180:
         return 1.0, "s"
     return (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")

@@ -1,4 +1,4 @@
-"""The top that every page has: what ran, when, on what, and its large numbers."""
+"""The header of every page: what ran, when and on which hardware, and the main results."""
 
 from __future__ import annotations
 

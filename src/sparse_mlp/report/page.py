@@ -1,4 +1,4 @@
-"""Pages: the templates, what they are filled with, and how numbers are written. Jinja escapes every text."""
+"""Pages: the templates, their data, and the format of numbers. Jinja escapes every text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_mlp.report.style import save_png, save_svg, to_svg
 NONE, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
-# Sections: anchors and titles.
+# Titles of the sections by anchor.
 TITLES = {
     "last": "Last evaluation",
     "curves": "Training",

@@ -1,4 +1,4 @@
-"""The report of any run: whatever it logged, drawn without knowing what it means."""
+"""The report of a run of any kind: a figure for every logged scalar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a run folder: configuration, environment, metrics, predictions. What does not fit is a one-line error."""
+"""Read a run folder: configuration, environment, metrics, predictions. Invalid files raise a one-line UserError."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparse_mlp.engine import RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.report.predictions import Floats, Predictions, read_predictions
 
-# Values of the lines of metrics that are no numbers, or no measurements.
+# Entries of a line of metrics that are not measured scalars.
 _MEASURED = ("train", "eval", "routing")
 _NOT_SCALARS = {"kind", "step", "epoch", "time", "layer", "load", "importance", "split", "what", "ema"}
 
@@ -65,7 +65,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything the report reads from one run folder."""
+    """Everything that reports read from a run folder; `sparse_mlp.jobs.Run` is the run itself."""
 
     path: Path
     config: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Test images for the report: which ones it wants, and how they become pictures."""
+"""Test images for the report: which ones are shown, and their conversion to pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparse_mlp.report.run import read_run
 Pixels = NDArray[np.uint8]
 
 MAX_EXAMPLES = 10  # images on which routing is drawn
-MAX_PAIRS = 6  # kinds of mistakes with sample images
+MAX_PAIRS = 6  # pairs of confused classes with sample images
 IMAGES_PER_PAIR = 3
 _SIDE = 160  # pixels of a picture on the page, at most
 

@@ -1,4 +1,4 @@
-"""How figures look: palettes, one Matplotlib style, and how a figure becomes SVG for the page, PNG and SVG as files.
+"""The style of the figures: palettes, Matplotlib settings, and export to SVG for the page and to PNG and SVG files.
 
 Only Matplotlib's object interface is used, never pyplot: no state outlives a call. The SVG takes its greys and its two
 accent colours from the page's CSS variables, so that the same drawing is readable on light and on dark.

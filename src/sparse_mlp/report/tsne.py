@@ -1,4 +1,4 @@
-"""Features in the plane: one t-SNE for every page that has a map."""
+"""Features projected to two dimensions by t-SNE, and the figure of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_POINTS = 2000  # t-SNE takes seconds for these
 
 
 def project(features: Floats) -> Floats:
-    """Return the l2-normalised features (N, D) in the plane, (N, 2): by t-SNE; of few points, principal components."""
+    """Project the l2-normalised features (N, D) to (N, 2) by t-SNE, or for few points by PCA."""
     points = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     if len(points) < 2 or np.ptp(points, axis=0).max() < 1e-9:  # all alike: a collapse
         return np.zeros((len(points), 2))

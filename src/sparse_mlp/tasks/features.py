@@ -1,4 +1,4 @@
-"""The features of a backbone: what it gives for an image before any classifier."""
+"""The features of a backbone, before any classifier."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["evaluating", "extract_features", "pooled_features", "skip_final_norm
 
 
 def pooled_features(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Pooled features (B, D) of a timm model, whatever classifier it has: timm's `pre_logits`."""
+    """Pooled features (B, D) of a timm model with any or no classifier: timm's `pre_logits`."""
     return backbone.forward_head(backbone.forward_features(images), pre_logits=True)  # type: ignore[operator]
 
 

@@ -1,7 +1,7 @@
-"""A teacher for a Graph-MLP: a network that passes messages, trained before the student and not needed after it.
+"""A teacher for a Graph-MLP: a graph network, which is trained before the student and used only in training.
 
-GRAND (Feng et al., "Graph Random Neural Networks", https://arxiv.org/abs/2005.11079) learns the labelled nodes, and to
-predict the same for a node whatever nodes around it are left out; the student, which sees no edges, learns the
+GRAND (Feng et al., "Graph Random Neural Networks", https://arxiv.org/abs/2005.11079) learns the labelled nodes, and
+consistent predictions for a node when random nodes around it are dropped; the student, which sees no edges, learns the
 teacher's probabilities of all nodes, as in GLNN (Zhang et al., "Graph-less Neural Networks",
 https://arxiv.org/abs/2110.08727).
 
@@ -55,10 +55,10 @@ class TeacherConfig:
     """The teacher whose probabilities are distilled; the defaults are GRAND's for Cora (Feng et al., appendix)."""
 
     hops: int = 8
-    """Farthest neighbours that a node's prediction is made from: a mean over 0 to this many steps."""
+    """Order of the propagation: the mean over neighbourhoods of 0 to this many hops."""
 
     samples: int = 4
-    """Random subsets of the nodes in a step, whose predictions are to agree."""
+    """Random node dropouts in a step, whose predictions the consistency loss compares."""
 
     node_drop_rate: float = 0.5
     """Share of the nodes left out of a sample."""
@@ -91,7 +91,7 @@ class TeacherConfig:
     """Steps over the whole graph; the weights of the first one of best validation accuracy are the teacher."""
 
     starts: int = 1
-    """Train from so many random starts; the best one of them, by validation, is the teacher."""
+    """Number of random initialisations; the one with the best validation accuracy is the teacher."""
 
     def __post_init__(self) -> None:
         for name in ("hops", "samples", "hidden_dim", "epochs", "starts"):

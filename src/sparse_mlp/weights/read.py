@@ -1,4 +1,4 @@
-"""Files of weights as names and tensors, whatever their format, without executing anything that is in them."""
+"""Read names and tensors from weight files of any format, without executing code in them."""
 
 from __future__ import annotations
 
