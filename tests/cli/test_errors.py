@@ -350,6 +350,11 @@ def test_comparing_a_run_that_has_not_finished(fails: Callable[..., str], traine
     [
         ("config.json", '{"kind": "clasify"}', "unknown kind of run 'clasify'; nearest: classify"),
         ("config.json", "{}", "names no kind of run"),
+        (
+            "config.json",
+            '{"kind": "classify", "model": {"name": "resnet10t", "args": {"pretrained": true}}}',
+            "is not an",
+        ),
         ("config.json", "[]", "config.json"),
         ("inputs.json", "{", "inputs.json"),
         ("inputs.json", '{"classes": 3}', "inputs.json"),

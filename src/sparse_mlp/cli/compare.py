@@ -13,6 +13,7 @@ from sparse_mlp import distributed, jobs, recipes
 from sparse_mlp.cli.parse import HELP_ALL, parse_known, split_names
 from sparse_mlp.cli.showing import add_row, console, table
 from sparse_mlp.cli.train import change
+from sparse_mlp.engine.run import writing_into
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Recipe, Run
 from sparse_mlp.report import write_comparison
@@ -119,7 +120,8 @@ def show(runs: Sequence[Run], out: Path) -> None:
             _number(summary.items_per_s, "{:,.0f}"),
             "dense" if summary.busiest is None else f"{summary.busiest:.2f} x its share",
         )
-    page = write_comparison([entry.path for entry in runs], out, [summary.macs for summary in summaries])
+    with writing_into(out):
+        page = write_comparison([entry.path for entry in runs], out, [summary.macs for summary in summaries])
     console().print(shown)
     console().print(f"comparison: {page}", markup=False, soft_wrap=True)
 

@@ -186,6 +186,17 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"could not write {path}: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Add `folder` to an error of the system's that names no file: a full disk under a figure or a page."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(f"could not write into {folder}: {error.strerror}") from error
+
+
 def environment() -> dict[str, Any]:
     """Git commit, package versions, hardware, date and command line of this process."""
     hardware: dict[str, Any] = {
