@@ -141,5 +141,5 @@ def test_commit_is_that_of_the_tracked_source(tmp_path, monkeypatch):
 def test_a_full_disk_is_named_by_the_folder(tmp_path):
     with pytest.raises(OSError, match=r"could not write into .*: No space left"), writing_into(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(FileNotFoundError, match="^no images$"), writing_into(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^no images$"), writing_into(tmp_path):
         raise FileNotFoundError("no images")

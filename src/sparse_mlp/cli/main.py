@@ -68,10 +68,15 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+class _StandardError(logging.Handler):
+    """Writes to what sys.stderr is at the time: a caller of `main` may have replaced or closed the one before."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"sparse-mlp: {record.getMessage()}\n")
+
+
 def _show_log() -> None:
-    """What the library logs, such as a skipped image, goes to standard error as it is now."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("sparse-mlp: %(message)s"))
+    """Show what the library logs, such as a skipped image."""
     logger = logging.getLogger("sparse_mlp")
-    logger.handlers = [handler]
+    logger.handlers = [_StandardError()]
     logger.setLevel(logging.INFO)
