@@ -45,6 +45,7 @@ def run(arguments: list[str]) -> int:
     ignored = rest[:1] or (["--seeds"] if given.seeds is not None else [])
     if finished and ignored and not asked:
         raise UserError(f"{ignored[0]} would be ignored: finished runs are taken as they are")
+    check_out(given.out)
     runs = [Run(Path(name)) for name in finished]
     for entry in runs:
         entry.metrics  # noqa: B018 - FileNotFoundError for a run that has not finished
@@ -55,6 +56,12 @@ def run(arguments: list[str]) -> int:
     if distributed.is_main():
         show(runs, given.out)
     return 0
+
+
+def check_out(folder: Path) -> None:
+    """UserError for "" and ".": a page and its figures would lie among other files."""
+    if not folder.name:
+        raise UserError(f"--out {str(folder)!r} names no folder of its own")
 
 
 def _asked(names: Sequence[str], given: CompareOptions, options: Sequence[str]) -> dict[Path, Recipe]:
