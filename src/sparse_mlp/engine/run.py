@@ -168,13 +168,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a small file atomically: after a failure the old content is still there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path), temporary.open("w") as file:
+    with replacing(path) as temporary, temporary.open("w") as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file of the same ending beside `path` that takes its place at the end of the block.
+
+    After a failure it is deleted, and an OSError names `path`.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        with naming(path):
+            yield temporary
+            temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
-from sparse_mlp.engine.run import naming, read_json
+from sparse_mlp.engine.run import read_json, replacing
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import Context, EvalOptions, Job, PredictOptions, Row
 from sparse_mlp.jobs.model import load_weights
@@ -297,10 +297,8 @@ def _remove_teacher(run: RunFolder) -> None:
 
 
 def _write_probabilities(path: Path, probabilities: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.stem}.tmp.npz")
-    with naming(path):
+    with replacing(path) as temporary:
         np.savez_compressed(temporary, probabilities=probabilities)
-    temporary.replace(path)
 
 
 def _read_probabilities(path: Path, graph: Graph) -> np.ndarray:

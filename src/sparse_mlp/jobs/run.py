@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import Evaluation, RunFolder, check_longer
-from sparse_mlp.engine.run import naming, write_json, writing_into
+from sparse_mlp.engine.run import replacing, write_json, writing_into
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import Context, Job, Row
 from sparse_mlp.jobs.kinds import job_type
@@ -188,10 +188,8 @@ def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
     """The last weights, predictions, results and report of a run into its folder."""
     if run.has_checkpoint():
         _link(run.weights(), run.path / "model.safetensors")
-    temporary = run.path / ".predictions.tmp.npz"
-    with naming(run.path / "predictions.npz"):
+    with replacing(run.path / "predictions.npz") as temporary:
         np.savez_compressed(temporary, **job.predictions(evaluation))  # type: ignore[arg-type]
-    temporary.replace(run.path / "predictions.npz")
     with writing_into(run.path):
         job.finish(run, evaluation)
         write_json(run.results_path, {"metrics": evaluation.metrics})
