@@ -350,6 +350,11 @@ def test_comparing_a_run_that_has_not_finished(fails: Callable[..., str], traine
     [
         ("config.json", '{"kind": "clasify"}', "unknown kind of run 'clasify'; nearest: classify"),
         ("config.json", "{}", "names no kind of run"),
+        (
+            "config.json",
+            '{"kind": "classify", "model": {"name": "resnet10t", "args": {"pretrained": true}}}',
+            "is not an",
+        ),
         ("config.json", "[]", "config.json"),
         ("inputs.json", "{", "inputs.json"),
         ("inputs.json", '{"classes": 3}', "inputs.json"),
@@ -392,3 +397,9 @@ def test_seeds_that_would_be_ignored(fails: Callable[..., str], trained: Path, t
 def test_arguments_that_no_file_can_hold(fails: Callable[..., str], value: str):
     message = fails("train", "digits_sparse", "--model.args", f"act_layer={value}")
     assert "act_layer" in message or "model sparse_mlp_t4_32" in message
+
+
+@pytest.mark.parametrize("verb", ["compare", "report"])
+def test_a_comparison_has_a_folder_of_its_own(fails: Callable[..., str], trained: Path, tmp_path: Path, verb: str):
+    copy = Path(shutil.copytree(trained, tmp_path / "run"))
+    assert "--out '.' names no folder of its own" in fails(verb, trained, copy, "--out", "")

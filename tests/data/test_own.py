@@ -144,6 +144,8 @@ class Stream(IterableDataset):
         ([], CONFIG, "the train dataset is empty"),
         ([1], CONFIG, r"has to be \(image, label\), not int"),
         (Own(lambda p: torch.zeros(3, 8, 8)), CONFIG, "image 0 is Tensor of .*float32"),
+        (Own(lambda p: None), CONFIG, "image 0 is NoneType"),
+        (Own(lambda p: "x.png"), CONFIG, "image 0 is str"),
         (Own(lambda p: p.astype(float)), CONFIG, "image 0 is ndarray of float64"),
         (Own(), DataConfig(root="x"), "data.root 'x' would be ignored"),
         (Own(), DataConfig(download=True), "data.download True would be ignored"),

@@ -132,3 +132,16 @@ def test_a_folder_that_was_not_begun_keeps_nothing_of_the_first_try(trained: Pat
         train={"steps": 1},
     )
     assert sparse_mlp.train(recipe, out, show=False).evaluate()["images"] == 599
+
+
+def test_a_run_on_a_folder_is_evaluated_on_a_named_set(trained: Path) -> None:
+    """Its root is not the set's, and says nothing of it."""
+    with pytest.raises(UserError, match=r"data\.channels is 3, but the images of digits have 1"):
+        sparse_mlp.Run(trained / "run").evaluate(data={"name": "digits"})
+
+
+def test_a_divided_folder_is_evaluated_by_its_test_part(trained: Path) -> None:
+    (trained / "other").mkdir()
+    for part in ("train", "val"):
+        shutil.copytree(trained / "images", trained / "other" / part)
+    assert sparse_mlp.Run(trained / "run").evaluate(data={"root": trained / "other"})["images"] == 20

@@ -65,6 +65,8 @@ def _evaluate_model(target: str, options: list[str]) -> dict[str, float]:
     if Path(target).is_dir():
         raise FileNotFoundError(f"{target} is not a run folder: it has no config.json")
     jobs.check_model_name(target)
+    if given.data.root is not None and not given.data.name:
+        given = replace(given, data=replace(given.data, name="folder"))
     if not given.data.name:
         raise UserError(f"which images? a MODEL needs --data.name, one of {', '.join(SETS)} or a name of timm's")
     if given.pretrained == (given.checkpoint is not None):

@@ -13,7 +13,7 @@ from typing import Any
 from sparse_mlp import jobs
 from sparse_mlp.cli.output import add_row, console, table
 from sparse_mlp.cli.parse import asks_help, parse, parse_known
-from sparse_mlp.engine.run import naming
+from sparse_mlp.engine.run import replacing
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import PredictOptions, Row
 
@@ -81,7 +81,7 @@ def _check_target(path: Path) -> None:
 
 
 def _write(rows: Sequence[Row], path: Path) -> None:
-    with naming(path), path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".json":
             json.dump(list(rows), file, indent=1, ensure_ascii=False)
             return

@@ -105,7 +105,7 @@ def _planes(image: Any) -> int:
     """1 or 3, for a tensor (C, H, W) or an array (H, W, C)."""
     shape = np.shape(image)
     side = 0 if hasattr(image, "permute") else -1
-    return 1 if len(shape) == 2 or shape[side] == 1 else max(MODES)
+    return 1 if len(shape) == 2 or (len(shape) == 3 and shape[side] == 1) else max(MODES)
 
 
 def _class_names(train: Any, test: Any, config: DataConfig) -> list[str]:

@@ -169,21 +169,34 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a small file atomically: after a failure the old content is still there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path), temporary.open("w") as file:
+    with replacing(path) as temporary, temporary.open("w") as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file of the same ending beside `path` that takes its place at the end of the block.
+
+    After a failure it is deleted, and an OSError names `path`.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        with naming(path):
+            yield temporary
+            temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write compressed arrays atomically, as `write_json`."""
-    temporary = path.with_name(f".{path.stem}.tmp.npz")
-    with naming(path):
+    with replacing(path) as temporary:
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-    temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -193,6 +206,17 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"could not write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Add `folder` to an error of the system's that names no file: a full disk under a figure or a page."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(f"could not write into {folder}: {error.strerror}") from error
 
 
 def environment() -> dict[str, Any]:

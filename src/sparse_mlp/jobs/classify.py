@@ -47,6 +47,21 @@ from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
 
 _log = logging.getLogger(__name__)
 
+# Options that say how one set is read, or what is trained on.
+_OF_A_SET = (
+    "root",
+    "on_bad_image",
+    "test_share",
+    "label_share",
+    "label_seed",
+    "repeats",
+    "download",
+    "train_split",
+    "test_split",
+    "num_classes",
+    "num_samples",
+    "crop_pct",
+)
 _BATCH_SIZE = 64  # of predictions
 
 
@@ -132,8 +147,8 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         own = images.name == recipe.data.name and (images.root == recipe.data.root or _is_moved(run, recipe, images))
         if own and images.test_share != recipe.data.test_share:
             raise UserError(f"data.test_share {images.test_share} would be ignored: {run.path} keeps its own split")
-        if not own and images.name == "folder" and images.test_share is None:
-            images = replace(images, test_share=1.0)  # the run was not trained on this folder: evaluate on all of it
+        if not own:
+            images = _other_images(images, recipe.data, spec)
         context = Context(run if own else None, trusted=options.trust_data or not own)
         data = open_images(images, AugmentConfig(), context, classes=spec.classes)
         log_notes(data)
@@ -221,6 +236,27 @@ def predict_pictures(
     for reason in bad:
         _log.error("%s", reason)
     return rows
+
+
+def _other_images(images: DataConfig, trained: DataConfig, spec: InputSpec) -> DataConfig:
+    """Another set, as the model takes images; what only says how the run's own set was read is not taken over."""
+    default, changed = DataConfig(), {}
+    own = _OF_A_SET if images.name != trained.name else ("test_share",)
+    for name in own:
+        if getattr(images, name) == getattr(trained, name):
+            changed[name] = getattr(default, name)
+    images = replace(images, **changed)
+    if images.name == "folder" and images.test_share is None and not (Path(images.root or "") / "train").is_dir():
+        images = replace(images, test_share=1.0)  # nothing of a folder that was not trained on is kept back
+    cropped = images.name == "folder" or "/" in images.name
+    return replace(
+        images,
+        image_size=images.image_size or spec.image_size,
+        channels=images.channels or spec.channels,  # type: ignore[arg-type]
+        mean=images.mean or spec.mean,
+        std=images.std or spec.std,
+        crop_pct=images.crop_pct or (spec.crop_pct if cropped else None),
+    )
 
 
 def _is_moved(run: RunFolder, recipe: ClassifyRecipe, images: DataConfig) -> bool:

@@ -29,7 +29,7 @@ from sparse_mlp.engine import Evaluation, RunFolder
 from sparse_mlp.engine.run import read_json
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import INPUTS, Context, Job, check_export_target
-from sparse_mlp.jobs.model import build_model, load_weights
+from sparse_mlp.jobs.model import build_model, check_model_arguments, load_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe, from_json
 from sparse_mlp.report import Samples, read_run, wanted_images
 from sparse_mlp.weights.write import write_file
@@ -242,6 +242,7 @@ def _places(run: RunFolder, images: Any, wanted: Sequence[int]) -> dict[int, int
 
 def export_backbone(config: ModelConfig, spec: InputSpec, run: RunFolder, target: Path) -> str:
     """Write the weights without a classifier; returns the lines of code that load them."""
+    check_model_arguments(config)
     arguments: dict[str, Any] = {**config.args, "in_chans": spec.channels, "num_classes": 0}
     published = get_pretrained_cfg(config.name)
     if published is not None and published.fixed_input_size:

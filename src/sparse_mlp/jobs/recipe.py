@@ -134,6 +134,8 @@ def override(recipe: R, changes: Mapping[str, Any]) -> R:
 
     What depends on the changed fields follows, see `adjust_dependent`. UserError for an unknown field or a wrong value.
     """
+    if changes.get("kind", recipe.kind) != recipe.kind:
+        raise UserError(f"kind {changes['kind']!r} would be ignored: {recipe.name} is of the kind {recipe.kind!r}")
     return adjust_dependent(recipe, change_fields(recipe, changes))
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import LENGTHS, Evaluation, RunFolder, check_longer
-from sparse_mlp.engine.run import write_json, write_npz
+from sparse_mlp.engine.run import write_json, write_npz, writing_into
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import Context, Job, Row
 from sparse_mlp.jobs.kinds import job_type
@@ -71,7 +71,8 @@ class Run:
 
     def report(self) -> Path:
         """Write the run's page; returns its path."""
-        return self.job.report(self.folder)
+        with writing_into(self.path):
+            return self.job.report(self.folder)
 
     def export(self, target: str | Path) -> str:
         """Write the run's model as bare weights; returns the code that loads them."""
@@ -187,9 +188,10 @@ def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
     if run.has_checkpoint():
         _link(run.weights(), run.path / "model.safetensors")
     write_npz(run.path / "predictions.npz", job.predictions(evaluation))
-    job.finish(run, evaluation)
-    write_json(run.results_path, {"metrics": evaluation.metrics})
-    page = type(job).report(run, replace(job.context, run=run))
+    with writing_into(run.path):
+        job.finish(run, evaluation)
+        write_json(run.results_path, {"metrics": evaluation.metrics})
+        page = type(job).report(run, replace(job.context, run=run))
     _log.info(f"{job.summary(evaluation)}; report: {page}")
 
 
