@@ -89,3 +89,74 @@ def test_what_there_is_not() -> None:
         sparse_mlp.trian  # noqa: B018
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         sparse_mlp.Run(Path("/no/such/run")).recipe  # noqa: B018
+
+
+@pytest.mark.parametrize("value", [Path("/photos"), "/photos"])
+def test_a_path_is_as_good_as_its_name(value: Path | str) -> None:
+    changes = {"name": "folder", "root": value}
+    assert sparse_mlp.recipe("digits_sparse", data=changes).data.root == "/photos"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), torch.tensor(0.5), np.float64(0.5)])
+def test_numbers_of_numpy_and_torch_are_numbers(number: object) -> None:
+    assert sparse_mlp.recipe("digits_sparse", optim={"lr": number}).optim.lr == 0.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("value", [{1, 2}, b"x", np.zeros(2), object()])
+def test_what_no_file_can_hold_is_no_value_of_a_recipe(value: object) -> None:
+    with pytest.raises(UserError, match="cannot be a value of a recipe"):
+        sparse_mlp.recipe("digits_sparse", model={"args": {"act_layer": value}})
+
+
+@pytest.mark.parametrize("name", [None, 3, Path("digits_sparse"), ["digits_sparse"]])
+def test_a_recipe_has_a_name(name: object) -> None:
+    with pytest.raises(UserError, match="called by its name"):
+        sparse_mlp.recipe(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recipe", ["digits_sparse", None, {"name": "digits_sparse"}])
+def test_only_a_recipe_is_trained(recipe: object, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train takes a recipe"):
+        sparse_mlp.train(recipe, tmp_path / "run")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("datasets", [3, (Stripes(4),), Stripes(4), {"train": Stripes(4)}])
+def test_datasets_are_two(recipe: sparse_mlp.jobs.Recipe, tmp_path: Path, datasets: object) -> None:
+    with pytest.raises(UserError, match="a training and a test set"):
+        sparse_mlp.train(recipe, tmp_path / "run", datasets=datasets)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_changes_of_a_resumed_run_are_fields(run: sparse_mlp.Run) -> None:
+    with pytest.raises(UserError, match="dictionary of fields"):
+        sparse_mlp.resume(run.path, "longer")  # type: ignore[arg-type]
+
+
+def test_weights_to_evaluate_are_named_by_text_too(tmp_path: Path) -> None:
+    recipe = sparse_mlp.recipe("digits_sparse", model=TINY, train={"steps": 2})
+    run = sparse_mlp.train(recipe, tmp_path / "run", show=False)
+    weights = str(run.path / "model.safetensors")
+    assert run.evaluate(checkpoint=weights, device=torch.device("cpu")) == run.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chekpoint": "x"}, "unknown field chekpoint; nearest: checkpoint"),
+        ({"data": {"rot": "x"}}, "unknown field data.rot; nearest: data.root"),
+        ({"device": 3}, "device is 3"),
+    ],
+)
+def test_wrong_options_of_an_evaluation(run: sparse_mlp.Run, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run.evaluate(**options)
+
+
+def test_wrong_things_to_predict(run: sparse_mlp.Run) -> None:
+    with pytest.raises(UserError, match="takes the names of files"):
+        run.predict()
+    with pytest.raises(UserError, match="takes the names of files"):
+        run.predict(np.zeros((8, 8)))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="unknown field tops; nearest: top"):
+        run.predict("x.png", tops=3)

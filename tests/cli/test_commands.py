@@ -63,6 +63,20 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
+@pytest.mark.parametrize("divided", [False, True])
+def test_other_images_are_evaluated_as_the_run_takes_images(run: Run, trained: Path, tmp_path: Path, divided: bool):
+    """The test digits as files: their size, channels and normalisation are the run's, without an option for each."""
+    test = build_datasets(DataConfig(), AugmentConfig()).test
+    for part in ("train", "val") if divided else (".",):
+        for i, (image, label) in enumerate(zip(test.images[:, 0].numpy(), test.labels.tolist(), strict=True)):
+            folder = tmp_path / "files" / part / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i}.png")
+    _, own, _ = run("eval", trained)
+    code, out, err = run("eval", trained, "--data.name", "folder", "--data.root", tmp_path / "files")
+    assert (code, err) == (0, "") and out.split()[-4:] == own.split()[-4:]
+
+
 @pytest.mark.parametrize("how", ["files", "folder", "pattern"])
 def test_predict_agrees_with_the_evaluation(run: Run, trained: Path, pictures: Path, how: str):
     files = {"files": sorted(pictures.iterdir()), "folder": [pictures], "pattern": [f"{pictures}/*.png"]}[how]

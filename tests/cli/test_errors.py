@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,9 @@ def fails(run: Run) -> Callable[..., str]:
         ("train digits_mixer --model.args patch_size=3", "not divisible by its patch size 3"),
         ("train digits_sparse --model.args num_classes=7", "comes from the data"),
         ("train digits_sparse --model.args checkpoint_path=missing", "use --model.weights"),
+        ("train digits_sparse --name ../x", "name '../x' is no name of a folder in runs/"),
+        ("train digits_sparse --name a/b", "name 'a/b' is no name of a folder in runs/"),
+        ("train digits_sparse --name .. --train.steps 1", "name '..' is no name of a folder in runs/"),
         ("train digits_sparse --out .", "--out '.' names no folder of its own"),
         ("train digits_sparse --data.num-classes 7", "digits has 10 classes"),
         ("train digits_sparse --data.name digit", "did you mean digits"),
@@ -71,6 +75,7 @@ def fails(run: Run) -> Callable[..., str]:
         ("train digits_sparse --data.eval-batch-size 0", "data.eval_batch_size 0 must be at least 1"),
         ("train digits_sparse --data.image-size 0", "data.image_size 0 must be at least 1"),
         ("train digits_sparse --data.workers -1", "data.workers -1 must be at least 0"),
+        ("train digits_sparse --data.workers 1000000", "data.workers 1000000 is more than the"),
         ("train digits_sparse --data.std 0", "data.std 0.0 must be above 0"),
         ("train digits_sparse --data.mean nan", "data.mean nan must be at least 0 and at most 1"),
         ("train digits_sparse --augment.rotate nan", "augment.rotate nan must be at least 0 and at most 180"),
@@ -83,6 +88,9 @@ def fails(run: Run) -> Callable[..., str]:
         ("train digits_sparse --train.epochs -1", "train.epochs -1.0 is not positive"),
         ("train digits_sparse --optim.weight-decay nan", "optim.weight_decay nan is not a finite number"),
         ("train digits_sparse --train.seed 9223372036854775808", "is not below 2^63"),
+        ("train digits_sparse --train.seed 99999999999999999999999", "is not below 2^63"),
+        ("train cora --train.seed 99999999999999999999999", "is not below 2^63"),
+        ("train digits_sparse --data.label-share 0.5 --data.label-seed -1", "data.label_seed -1 must be at least 0"),
         ("train digits_sparse --model.args drop_path_rate=2", "drop_path_rate=2 is not a share in [0, 1)"),
         ("train digits_sparse --model.args embed_dim=0", "embed_dim must be a whole number of at least 1; got 0"),
         ("train digits_sparse --model.args num_experts=(2,2) top_k=(3,1)", "top_k must be at most num_experts (2)"),
@@ -319,6 +327,12 @@ def test_predicting_no_class(fails: Callable[..., str], trained: Path, options: 
     assert "must be at least 1" in fails("predict", trained, "x.png", *options.split())
 
 
+@pytest.mark.parametrize("target", ["none/x.csv", ".csv", "x.txt", "folder.csv"])
+def test_predicting_into_what_is_no_file(fails: Callable[..., str], trained: Path, tmp_path: Path, target: str):
+    (tmp_path / "folder.csv").mkdir()
+    assert f"--out {tmp_path / target}" in fails("predict", trained, "x.png", "--out", tmp_path / target)
+
+
 @pytest.mark.parametrize("target", ["out.pth", "."])
 def test_exporting_to_what_is_no_file(fails: Callable[..., str], trained: Path, target: str):
     assert "must end in .safetensors" in fails("export", trained, target)
@@ -336,9 +350,17 @@ def test_comparing_a_run_that_has_not_finished(fails: Callable[..., str], traine
     [
         ("config.json", '{"kind": "clasify"}', "unknown kind of run 'clasify'; nearest: classify"),
         ("config.json", "{}", "names no kind of run"),
+        (
+            "config.json",
+            '{"kind": "classify", "model": {"name": "resnet10t", "args": {"pretrained": true}}}',
+            "is not an",
+        ),
         ("config.json", "[]", "config.json"),
         ("inputs.json", "{", "inputs.json"),
         ("inputs.json", '{"classes": 3}', "inputs.json"),
+        ("inputs.json", "[1]", "inputs.json should hold a JSON object"),
+        ("config.json", "\udcff", "config.json is not valid JSON"),
+        ("config.json", "[" * 100_000, "config.json is not valid JSON"),
     ],
 )
 @pytest.mark.parametrize("verb", ["eval", "report", "predict", "export", "train"])
@@ -348,8 +370,36 @@ def test_a_damaged_run_folder(
     if name == "inputs.json" and verb in ("report", "train"):
         pytest.skip("reads the data themselves")
     copy = Path(shutil.copytree(trained, tmp_path / "run"))
-    (copy / name).write_text(content)
+    (copy / name).write_bytes(os.fsencode(content))
     words = {"predict": ["x.png"], "export": ["x.safetensors"]}.get(verb, [])
     (tmp_path / "x.png").write_bytes(b"")
     arguments = ["train", "--resume", copy] if verb == "train" else [verb, copy, *words]
     assert message in fails(*arguments)
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", "{}", '{"metrics": 3}', "\udcff"])
+def test_damaged_results(fails: Callable[..., str], trained: Path, tmp_path: Path, content: str):
+    copy = Path(shutil.copytree(trained, tmp_path / "run"))
+    (copy / "results.json").write_bytes(os.fsencode(content))
+    assert "results.json" in fails("compare", trained, copy)
+
+
+def test_seeds_that_would_be_ignored(fails: Callable[..., str], trained: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(trained, tmp_path / "run"))
+    assert "--seeds would be ignored: finished runs" in fails("compare", trained, copy, "--seeds", "2")
+    both = ["compare", "digits_sparse", "digits_mixer", "--out", tmp_path / "out"]
+    assert "--train.seed 7 would be ignored" in fails(*both, "--seeds", "2", "--train.seed", "7")
+    kinds = ["compare", "knn", trained, "--model.weights", trained, "--out", tmp_path / "out"]
+    assert "--seeds 2 would be ignored: knn trains nothing" in fails(*kinds, "--seeds", "2")
+
+
+@pytest.mark.parametrize("value", ["{1}", "1e999", "b'x'", "1j", "{[]:1}"])
+def test_arguments_that_no_file_can_hold(fails: Callable[..., str], value: str):
+    message = fails("train", "digits_sparse", "--model.args", f"act_layer={value}")
+    assert "act_layer" in message or "model sparse_mlp_t4_32" in message
+
+
+@pytest.mark.parametrize("verb", ["compare", "report"])
+def test_a_comparison_has_a_folder_of_its_own(fails: Callable[..., str], trained: Path, tmp_path: Path, verb: str):
+    copy = Path(shutil.copytree(trained, tmp_path / "run"))
+    assert "--out '.' names no folder of its own" in fails(verb, trained, copy, "--out", "")

@@ -59,6 +59,10 @@ def test_the_options_that_help_names_exist(run: Run, verb: str):
     assert {name for name in named if name not in shown} == set()
 
 
+def test_help_of_a_verb_in_the_other_order(run: Run):
+    assert run("help", "train") == run("train", "--help") and run("help") == run("--help")
+
+
 def test_without_a_verb_the_help_is_shown_and_the_code_is_2(run: Run):
     code, out, _ = run()
     assert code == 2 and "verbs:" in out

@@ -144,6 +144,8 @@ class Stream(IterableDataset):
         ([], CONFIG, "the train dataset is empty"),
         ([1], CONFIG, r"has to be \(image, label\), not int"),
         (Own(lambda p: torch.zeros(3, 8, 8)), CONFIG, "image 0 is Tensor of .*float32"),
+        (Own(lambda p: None), CONFIG, "image 0 is NoneType"),
+        (Own(lambda p: "x.png"), CONFIG, "image 0 is str"),
         (Own(lambda p: p.astype(float)), CONFIG, "image 0 is ndarray of float64"),
         (Own(), DataConfig(root="x"), "data.root 'x' would be ignored"),
         (Own(), DataConfig(download=True), "data.download True would be ignored"),
@@ -171,6 +173,20 @@ def test_labels_that_are_no_class(label: Any, message: str):
     data = image_data_from([(PIXELS[0], label)], [(PIXELS[0], label)], classes=["a", "b", "c"], config=CONFIG)
     with pytest.raises(UserError, match=message):
         list(eval_loader(data, CONFIG))
+
+
+@pytest.mark.parametrize("label", [0.5, -1, "cat", None, torch.eye(3)[0], 10**9, float("nan")])
+def test_labels_that_are_no_numbers_of_classes(label: Any):
+    """Without names of classes they are counted by the labels."""
+    with pytest.raises(UserError, match=r"not a whole number from 0 on|more classes than a classifier has"):
+        image_data_from([(PIXELS[0], 0), (PIXELS[0], label)], [(PIXELS[0], 0)], config=CONFIG)
+
+
+@pytest.mark.parametrize("item", [(PIXELS[0], 0, 0), {"image": PIXELS[0], "label": 0}, (PIXELS[0],)])
+def test_items_that_become_something_else_later(item: Any):
+    data = image_data_from([(PIXELS[0], 0), item], [(PIXELS[0], 0)], classes=["a", "b"], config=CONFIG)
+    with pytest.raises(UserError, match=r"has to be \(image, label\), not"):
+        data.train.batch([1])
 
 
 @pytest.mark.parametrize("label", [np.int64(2), torch.tensor(2), np.uint8(2)])

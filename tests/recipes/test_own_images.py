@@ -82,6 +82,46 @@ def test_settings_fit_the_images(photos: Path) -> None:
     assert digits.augment.flip == 0 and digits.data.batch_size == 64
 
 
+@pytest.mark.parametrize(
+    ("train", "shown", "warmup"),
+    [
+        ({"epochs": 2}, "batch 16, 2 epochs", 0.2),
+        ({"steps": 27}, "batch 16, 27 steps", 0.1),
+        ({"minutes": 1}, "1 minutes", 7),
+    ],
+)
+def test_what_is_printed_is_what_is_trained(
+    photos: Path, caplog: pytest.LogCaptureFixture, train: dict, shown: str, warmup: float
+) -> None:
+    with caplog.at_level("INFO", "sparse_mlp"):
+        recipe = recipes.recipe("resnet10t", data={"root": str(photos), "batch_size": 16}, train=train)
+    assert shown in caplog.text
+    assert recipe.schedule.warmup_epochs == pytest.approx(warmup, rel=0.05)
+
+
+def test_two_images_a_class_are_enough_to_try(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (40, 40)).save(tmp_path / "images" / name / f"{number}.png")
+    recipe = recipes.recipe("resnet10t", data={"root": tmp_path / "images"}, train={"steps": 1})
+    assert recipe.data.batch_size == 2
+    assert sparse_mlp.train(recipe, tmp_path / "run", show=False).metrics["images"] == 3
+
+
+def test_a_folder_that_is_all_for_the_test(photos: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.test_share 1\.0 leaves no image"):
+        recipes.recipe("resnet10t", data={"root": str(photos), "test_share": 1.0})
+
+
+def test_an_image_that_is_too_large_is_named_when_it_is_read(photos: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            Image.new("1", (20_000, 20_000)).save(tmp_path / name / f"{number}.png")
+    assert recipes.recipe("resnet10t", data={"root": str(tmp_path)}).data.image_size == 128
+
+
 def test_a_users_options_stand(photos: Path) -> None:
     recipe = recipes.recipe("resnet10t", data={"root": str(photos), "image_size": 32}, optim={"lr": 0.5})
     assert (recipe.data.image_size, recipe.optim.lr) == (32, 0.5)

@@ -86,6 +86,7 @@ def test_model_arguments_join_those_of_the_recipe_until_the_model_is_another():
         ({"train": {"epoch": 1}}, "unknown field train.epoch; nearest: train.epochs"),
         ({"optim": {"lr": "fast"}}, "optim.lr is 'fast'"),
         ({"train": 3}, "train should be a JSON object"),
+        ({"kind": "nodes"}, "kind 'nodes' would be ignored: digits_sparse is of the kind 'classify'"),
     ],
 )
 def test_wrong_changes_are_one_line(changes: dict, message: str):

@@ -13,6 +13,7 @@ from sparse_mlp import distributed, jobs, recipes
 from sparse_mlp.cli.output import add_row, console, table
 from sparse_mlp.cli.parse import HELP_ALL, parse_known, split_names
 from sparse_mlp.cli.train import change
+from sparse_mlp.engine.run import writing_into
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Recipe, Run
 from sparse_mlp.report import write_comparison
@@ -41,8 +42,10 @@ def run(arguments: list[str]) -> int:
     requested = _requested_runs([name for name in names if name not in finished], given, rest)
     if not 2 <= len(requested) + len(finished) <= _MAX_RUNS:
         raise UserError(f"compare takes two to {_MAX_RUNS} recipes or runs, not {len(requested) + len(finished)}")
-    if finished and rest and not requested:
-        raise UserError(f"{rest[0]} would be ignored: finished runs are taken as they are")
+    ignored = rest[:1] or (["--seeds"] if given.seeds is not None else [])
+    if finished and ignored and not requested:
+        raise UserError(f"{ignored[0]} would be ignored: finished runs are taken as they are")
+    check_out(given.out)
     runs = [Run(Path(name)) for name in finished]
     for entry in runs:
         entry.metrics  # noqa: B018 - FileNotFoundError for a run that has not finished
@@ -53,6 +56,12 @@ def run(arguments: list[str]) -> int:
     if distributed.is_main():
         show_comparison(runs, given.out)
     return 0
+
+
+def check_out(folder: Path) -> None:
+    """UserError for "" and ".": a page and its figures would lie among other files."""
+    if not folder.name:
+        raise UserError(f"--out {str(folder)!r} names no folder of its own")
 
 
 def _requested_runs(names: Sequence[str], given: CompareOptions, options: Sequence[str]) -> dict[Path, Recipe]:
@@ -69,8 +78,14 @@ def _requested_runs(names: Sequence[str], given: CompareOptions, options: Sequen
         if given.seeds is None:
             requested[given.out / name] = recipe
             continue
+        before: Any = getattr(recipes.get(name), "train", None)
+        if before is None:
+            raise UserError(f"--seeds {given.seeds} would be ignored: {name} trains nothing")
+        own: Any = recipe.train  # type: ignore[attr-defined]
+        if own.seed != before.seed:
+            raise UserError(f"--train.seed {own.seed} would be ignored: --seeds {given.seeds} gives the seeds")
         for seed in range(given.seeds):
-            train: Any = replace(recipe.train, seed=seed)  # type: ignore[attr-defined]
+            train: Any = replace(own, seed=seed)
             requested[given.out / f"{name}-seed{seed}"] = replace(recipe, train=train)  # type: ignore[call-arg]
     return requested
 
@@ -112,7 +127,8 @@ def show_comparison(runs: Sequence[Run], out: Path) -> None:
             _number(summary.items_per_s, "{:,.0f}"),
             "dense" if summary.busiest is None else f"{summary.busiest:.2f} x its share",
         )
-    page = write_comparison([entry.path for entry in runs], out, [summary.macs for summary in summaries])
+    with writing_into(out):
+        page = write_comparison([entry.path for entry in runs], out, [summary.macs for summary in summaries])
     console().print(rows)
     console().print(f"comparison: {page}", markup=False, soft_wrap=True)
 

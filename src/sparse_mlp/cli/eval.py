@@ -16,7 +16,7 @@ from sparse_mlp.data import SETS, AugmentConfig, DataConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Context, ModelConfig
 from sparse_mlp.jobs.classify import evaluate_model
-from sparse_mlp.jobs.images import open_images
+from sparse_mlp.jobs.images import log_notes, open_images
 from sparse_mlp.jobs.recipe import Arguments
 from sparse_mlp.tasks.classify import ClassifyConfig
 
@@ -65,6 +65,8 @@ def _evaluate_model(target: str, options: list[str]) -> dict[str, float]:
     if Path(target).is_dir():
         raise FileNotFoundError(f"{target} is not a run folder: it has no config.json")
     jobs.check_model_name(target)
+    if given.data.root is not None and not given.data.name:
+        given = replace(given, data=replace(given.data, name="folder"))
     if not given.data.name:
         raise UserError(f"which images? a MODEL needs --data.name, one of {', '.join(SETS)} or a name of timm's")
     if given.pretrained == (given.checkpoint is not None):
@@ -73,6 +75,7 @@ def _evaluate_model(target: str, options: list[str]) -> dict[str, float]:
     config = ModelConfig(target, given.model_args, given.pretrained)
     with distributed.join(given.device) as device:
         data = open_images(images, AugmentConfig(), Context(trusted=True))
+        log_notes(data)
         if given.checkpoint is not None:
             model = jobs.load_model(config, data.spec, given.checkpoint)
         else:

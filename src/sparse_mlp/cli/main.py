@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [arguments[1], "--help"]
     text = help_for(arguments)
     if text is not None or not arguments:
         sys.stdout.write(text or MAIN)
@@ -68,9 +70,15 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+class _StandardError(logging.Handler):
+    """Writes to what sys.stderr is at the time: a caller of `main` may have replaced or closed the one before."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"sparse-mlp: {record.getMessage()}\n")
+
+
 def _show_log() -> None:
-    """Send the library's log messages, such as skipped images, to the current standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("sparse-mlp: %(message)s"))
+    """Show what the library logs, such as a skipped image."""
     logger = logging.getLogger("sparse_mlp")
-    logger.handlers, logger.level = [handler], logging.INFO
+    logger.handlers = [_StandardError()]
+    logger.setLevel(logging.INFO)

@@ -13,6 +13,7 @@ from typing import Any
 from sparse_mlp import jobs
 from sparse_mlp.cli.output import add_row, console, table
 from sparse_mlp.cli.parse import asks_help, parse, parse_known
+from sparse_mlp.engine.run import replacing
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import PredictOptions, Row
 
@@ -42,11 +43,11 @@ def run(arguments: list[str]) -> int:
     if len(names) < 2:
         raise UserError("predict takes a run folder and files: sparse-mlp predict RUN FILE ...")
     output, rest = parse_known(OutOptions, options, prog="predict")
-    if output.out is not None and output.out.suffix not in _FORMATS:
-        raise UserError(f"--out {output.out} must end in {' or '.join(_FORMATS)}")
-    run = jobs.Run(Path(names[0]))
-    given: Any = parse(run.job.predict_options_type, rest, prog="predict", default=run.job.predict_options_type())
-    rows = run.job.predict(run.folder, names[1:], given)
+    if output.out is not None:
+        _check_target(output.out)
+    found = jobs.Run(Path(names[0]))
+    given: Any = parse(found.job.predict_options_type, rest, prog="predict", default=found.job.predict_options_type())
+    rows = found.job.predict(found.folder, names[1:], given)
     if output.out is None:
         _show(rows)
     else:
@@ -69,8 +70,18 @@ def _cell(name: str, value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _check_target(path: Path) -> None:
+    """UserError, FileNotFoundError if a file cannot be of this name: said before the images are read."""
+    if path.suffix not in _FORMATS:
+        raise UserError(f"--out {path} must end in {' or '.join(_FORMATS)}")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
+
+
 def _write(rows: Sequence[Row], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".json":
             json.dump(list(rows), file, indent=1, ensure_ascii=False)
             return

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from sparse_mlp import jobs
-from sparse_mlp.cli.compare import show_comparison
+from sparse_mlp.cli.compare import check_out, show_comparison
 from sparse_mlp.cli.output import console
 from sparse_mlp.cli.parse import parse
 from sparse_mlp.errors import UserError
@@ -31,6 +31,7 @@ def run(arguments: list[str]) -> int:
     if not given.runs:
         raise UserError("report takes a run folder: sparse-mlp report RUN ...")
     if len(given.runs) > 1:
+        check_out(given.out or Path("runs/compare"))
         show_comparison([jobs.Run(path) for path in given.runs], given.out or Path("runs/compare"))
         return 0
     if given.out is not None:

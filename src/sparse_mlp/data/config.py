@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -136,8 +137,14 @@ def check_configs(data: DataConfig, augment: AugmentConfig) -> None:
     """UserError, one line, for values that are out of range for every data set."""
     for name, least in (("image_size", 1), ("batch_size", 1), ("repeats", 1), ("eval_batch_size", 1), ("workers", 0)):
         _between(f"data.{name}", getattr(data, name), least, math.inf)
+    processes = max(64, 8 * (os.cpu_count() or 1))
+    if data.workers > processes:  # each is a process with its own memory: thousands take the machine down
+        raise UserError(
+            f"data.workers {data.workers} is more than the {processes} processes that this machine should start"
+        )
     for name in ("num_classes", "num_samples"):
         _between(f"data.{name}", getattr(data, name), 1, math.inf)
+    _between("data.label_seed", data.label_seed, 0, math.inf)
     if data.label_seed and data.label_share is None:
         raise UserError(f"data.label_seed {data.label_seed} would be ignored: data.label_share is not set")
     _between("data.crop_pct", data.crop_pct, 0, 1, open_below=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from sparse_mlp.data.files import listed_name
 from sparse_mlp.data.sets import ImageData, build_files, finish_data
 from sparse_mlp.errors import UserError
 
+_MOST_CLASSES = 1_000_000
+
 _NAMED = ("root", "download", "train_split", "test_split", "num_samples", "test_share")
 
 
@@ -29,8 +32,7 @@ class DatasetSource:
         return len(self.dataset) if self.items is None else len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, label = self.dataset[index if self.items is None else self.items[index]]
-        return image, label
+        return _pair(self.dataset[index if self.items is None else self.items[index]])
 
     def file_name(self, index: int) -> str | None:
         return listed_name(self.dataset, index if self.items is None else self.items[index])
@@ -40,7 +42,7 @@ class DatasetSource:
         """Known labels, else those that reading every item gives."""
         own = range(len(self.dataset)) if self.items is None else self.items
         known = _known_labels(self.dataset)
-        return [int(self.dataset[i][1] if known is None else known[i]) for i in own]
+        return [_label(_pair(self.dataset[i])[1] if known is None else known[i], i) for i in own]
 
     def subset(self, indices: Sequence[int]) -> DatasetSource:
         return DatasetSource(self.dataset, [i if self.items is None else self.items[i] for i in indices])
@@ -88,18 +90,22 @@ def image_data_from(
 
 
 def _first_image(dataset: Any) -> Image.Image:
-    item = dataset[0]
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        raise UserError(f"an item of a dataset has to be (image, label), not {type(item).__name__}")
-    image = item[0]
+    image, _ = _pair(dataset[0])
     return image if isinstance(image, Image.Image) else image_from(image, _planes(image), "image 0")
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        what = f"a {type(item).__name__} of {len(item)}" if isinstance(item, tuple | list) else type(item).__name__
+        raise UserError(f"an item of a dataset has to be (image, label), not {what}")
+    return item[0], item[1]
 
 
 def _planes(image: Any) -> int:
     """1 or 3, for a tensor (C, H, W) or an array (H, W, C)."""
     shape = np.shape(image)
     side = 0 if hasattr(image, "permute") else -1
-    return 1 if len(shape) == 2 or shape[side] == 1 else max(MODES)
+    return 1 if len(shape) == 2 or (len(shape) == 3 and shape[side] == 1) else max(MODES)
 
 
 def _class_names(train: Any, test: Any, config: DataConfig) -> list[str]:
@@ -108,8 +114,21 @@ def _class_names(train: Any, test: Any, config: DataConfig) -> list[str]:
         return [str(name) for name in names]
     if config.num_classes is not None:
         return [str(number) for number in range(config.num_classes)]
-    labels = DatasetSource(train).labels + DatasetSource(test).labels
-    return [str(number) for number in range(max(labels) + 1)]
+    most = max(DatasetSource(train).labels + DatasetSource(test).labels)
+    if most >= _MOST_CLASSES:
+        raise UserError(f"labels up to {most:,} are more classes than a classifier has: number them from 0")
+    return [str(number) for number in range(most + 1)]
+
+
+def _label(value: Any, index: int) -> int:
+    """UserError for anything but a whole number from 0 on."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise UserError(f"the label of image {index} is {value!r}, not a whole number from 0 on")
+    return number
 
 
 def _known_labels(dataset: Any) -> Any:

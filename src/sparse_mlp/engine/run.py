@@ -98,8 +98,16 @@ class RunFolder:
         return self.path / "results.json"
 
     def results(self) -> dict[str, Any] | None:
-        """`metrics` of the last evaluation of a run that was trained to its end; None while it was not."""
-        return json.loads(self.results_path.read_text()) if self.results_path.is_file() else None
+        """`metrics` of the last evaluation of a run that was trained to its end; None while it was not.
+
+        UserError if the file is damaged.
+        """
+        if not self.results_path.is_file():
+            return None
+        results = read_json(self.results_path)
+        if not isinstance(results.get("metrics"), dict):
+            raise UserError(f"{self.results_path} is damaged: it has no metrics")
+        return results
 
     def has_checkpoint(self) -> bool:
         return last_checkpoint(self.checkpoints) is not None
@@ -129,13 +137,7 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration. UserError if the file is damaged."""
-        try:
-            config = json.loads(self.config_path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.config_path} is not valid JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{self.config_path} should hold a JSON object, not a {type(config).__name__}")
-        return config
+        return read_json(self.config_path)
 
     def weights(self, *, ema: bool | None = None) -> Path:
         """Weights file of the newest checkpoint; with `ema` None the averaged weights if the run kept them.
@@ -154,23 +156,47 @@ class RunFolder:
         return path
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run folder holds. UserError, which names the file, if that is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a small file atomically: after a failure the old content is still there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path), temporary.open("w") as file:
+    with replacing(path) as temporary, temporary.open("w") as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file of the same ending beside `path` that takes its place at the end of the block.
+
+    After a failure it is deleted, and an OSError names `path`.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        with naming(path):
+            yield temporary
+            temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write compressed arrays atomically, as `write_json`."""
-    temporary = path.with_name(f".{path.stem}.tmp.npz")
-    with naming(path):
+    with replacing(path) as temporary:
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-    temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -180,6 +206,17 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"could not write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Add `folder` to an error of the system's that names no file: a full disk under a figure or a page."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(f"could not write into {folder}: {error.strerror}") from error
 
 
 def environment() -> dict[str, Any]:

@@ -28,7 +28,16 @@ from sparse_mlp.data import (
 )
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.images import ImageJob, file_names, load_inputs, load_trained, open_images, samples
+from sparse_mlp.jobs.images import (
+    ImageJob,
+    file_names,
+    load_inputs,
+    load_split,
+    load_trained,
+    log_notes,
+    open_images,
+    samples,
+)
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
@@ -38,6 +47,21 @@ from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
 
 _log = logging.getLogger(__name__)
 
+# Options that say how one set is read, or what is trained on.
+_OF_A_SET = (
+    "root",
+    "on_bad_image",
+    "test_share",
+    "label_share",
+    "label_seed",
+    "repeats",
+    "download",
+    "train_split",
+    "test_split",
+    "num_classes",
+    "num_samples",
+    "crop_pct",
+)
 _BATCH_SIZE = 64  # of predictions
 
 
@@ -119,12 +143,15 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         """On the run's own data split as it was stored, or on other images with classes of the same names."""
         assert isinstance(options, ClassifyEvalOptions)
         recipe, spec = cls.stored(run), load_inputs(run)
-        own = options.data.name == recipe.data.name and options.data.root == recipe.data.root
         images = options.data
-        if not own and images.name == "folder" and images.test_share is None:
-            images = replace(images, test_share=1.0)  # the run was not trained on this folder: evaluate on all of it
+        own = images.name == recipe.data.name and (images.root == recipe.data.root or _is_moved(run, recipe, images))
+        if own and images.test_share != recipe.data.test_share:
+            raise UserError(f"data.test_share {images.test_share} would be ignored: {run.path} keeps its own split")
+        if not own:
+            images = _other_images(images, recipe.data, spec)
         context = Context(run if own else None, trusted=options.trust_data or not own)
         data = open_images(images, AugmentConfig(), context, classes=spec.classes)
+        log_notes(data)
         model = load_trained(run, options.checkpoint, replace(data.spec, classes=spec.classes))
         return evaluate_model(model, recipe.task, data, images, device)
 
@@ -209,6 +236,41 @@ def predict_pictures(
     for reason in bad:
         _log.error("%s", reason)
     return rows
+
+
+def _other_images(images: DataConfig, trained: DataConfig, spec: InputSpec) -> DataConfig:
+    """Another set, as the model takes images; what only says how the run's own set was read is not taken over."""
+    default, changed = DataConfig(), {}
+    own = _OF_A_SET if images.name != trained.name else ("test_share",)
+    for name in own:
+        if getattr(images, name) == getattr(trained, name):
+            changed[name] = getattr(default, name)
+    images = replace(images, **changed)
+    if images.name == "folder" and images.test_share is None and not (Path(images.root or "") / "train").is_dir():
+        images = replace(images, test_share=1.0)  # nothing of a folder that was not trained on is kept back
+    cropped = images.name == "folder" or "/" in images.name
+    return replace(
+        images,
+        image_size=images.image_size or spec.image_size,
+        channels=images.channels or spec.channels,  # type: ignore[arg-type]
+        mean=images.mean or spec.mean,
+        std=images.std or spec.std,
+        crop_pct=images.crop_pct or (spec.crop_pct if cropped else None),
+    )
+
+
+def _is_moved(run: RunFolder, recipe: ClassifyRecipe, images: DataConfig) -> bool:
+    """Whether a folder that was named is the run's own in another place: it has every image that the run divided."""
+    split = load_split(run)
+    if split is None or images.root is None or images.test_share != recipe.data.test_share:
+        return False
+    names = [*split["train"], *split["test"]]
+    if not all((Path(images.root) / name).is_file() for name in names):
+        return False
+    _log.info(
+        "%s has the images of the run: those that it was tested on count; --data.test-share 1 takes all", images.root
+    )
+    return True
 
 
 def _no_training(**_: Any) -> Iterable[Any]:

@@ -11,19 +11,28 @@ from typing import Any, ClassVar, TypeVar
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from sparse_mlp.data import AugmentConfig, DataConfig, ImageData, InputSpec, build_datasets, image_data_from, is_remote
+from sparse_mlp.data import (
+    AugmentConfig,
+    BadImageError,
+    DataConfig,
+    ImageData,
+    InputSpec,
+    build_datasets,
+    image_data_from,
+    is_remote,
+)
 from sparse_mlp.engine import Evaluation, RunFolder
+from sparse_mlp.engine.run import read_json
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import INPUTS, Context, Job, check_export_target
-from sparse_mlp.jobs.model import build_model, load_weights
+from sparse_mlp.jobs.model import build_model, check_model_arguments, load_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe, from_json
-from sparse_mlp.report import Samples, wanted_images
+from sparse_mlp.report import Samples, read_run, wanted_images
+from sparse_mlp.weights.write import write_file
 
 _log = logging.getLogger(__name__)
 
@@ -68,13 +77,11 @@ class ImageJob(Job[R]):
         return config
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
-        for note in self.data.notes:
-            _log.info(note)
+        log_notes(self.data)
         super().prepare(run, device)
 
     def inputs(self) -> dict[str, Any]:
-        split = self.data.split
-        return {INPUTS: asdict(self.data.spec), **({SPLIT: split} if split else {})}
+        return {INPUTS: asdict(self.data.spec), SPLIT: self.data.split or None}
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
         """Log which images could not be read."""
@@ -98,11 +105,31 @@ def open_images(
     With `classes`, labels are indices into these names, not into those of the set.
     """
     if context.datasets is not None:
-        return image_data_from(*context.datasets, config=data, augment=augment)
-    if data.name == OWN_DATASETS:
+        found = image_data_from(*context.datasets, config=data, augment=augment)
+    elif data.name == OWN_DATASETS:
         raise UserError("the run was trained on datasets of a program's own: pass them as `datasets` again")
-    split = load_split(context.run) if context.run is not None else None
-    return build_datasets(data, augment, split=split, classes=classes, trusted=context.trusted)
+    else:
+        split = load_split(context.run) if context.run is not None else None
+        found = build_datasets(data, augment, split=split, classes=classes, trusted=context.trusted)
+    if context.run is not None and (context.run.path / INPUTS).is_file():
+        _check_classes(found, context.run)
+    return found
+
+
+def _check_classes(found: ImageData, run: RunFolder) -> None:
+    """UserError if the images of a run, whose folder may have changed or moved, are of other classes than before."""
+    trained = load_inputs(run).classes
+    if tuple(found.classes) != trained:
+        changed = [f"{name!r} is new" for name in found.classes if name not in trained]
+        changed += [f"{name!r} is gone" for name in trained if name not in found.classes]
+        listed = "; ".join(changed[:5]) or "they are in another order"
+        raise UserError(f"the classes of the images are not those that {run.path} was trained on: {listed}")
+
+
+def log_notes(data: ImageData) -> None:
+    """Say what was left out of a set or is missing from it."""
+    for note in data.notes:
+        _log.info(note)
 
 
 def file_names(images: Any, index: Sequence[int]) -> list[str] | None:
@@ -116,21 +143,32 @@ def load_inputs(run: RunFolder) -> InputSpec:
     path = run.path / INPUTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run has no images")
+    content = read_json(path)
     try:
-        return from_json(InputSpec, json.loads(path.read_text()))
-    except ValueError as error:
+        return from_json(InputSpec, content)
+    except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
 def load_split(run: RunFolder) -> dict[str, list[str]] | None:
-    """File names of the training and the test images of a run, where its set is a folder that it split itself."""
+    """File names of the training and the test images of a run, where its set is a folder that it split itself.
+
+    UserError naming the file if it holds anything but the names of files below a folder.
+    """
     path = run.path / SPLIT
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    split = read_json(path)
+    for part in ("train", "test"):
+        names = split.get(part)
+        if not isinstance(names, list) or not all(map(_is_below, names)):
+            raise UserError(f"{path}: {part} should be a list of CLASS/FILE names below data.root")
+    return split
+
+
+def _is_below(name: Any) -> bool:
+    """Whether a name in a file from elsewhere is one of CLASS/FILE."""
+    return isinstance(name, str) and "/" in name and not name.startswith("/") and ".." not in name.split("/")
 
 
 def load_model_config(run: RunFolder, named: str = "") -> ModelConfig:
@@ -150,8 +188,9 @@ def load_data_config(run: RunFolder) -> DataConfig:
 
 
 def _section(kind: type[Any], run: RunFolder, name: str) -> Any:
+    config = run.config()
     try:
-        return from_json(kind, run.config()[name], name)
+        return from_json(kind, config[name], name)
     except KeyError:
         raise UserError(f"{run.config_path} has no {name}: it is not a run on images") from None
     except UserError as error:
@@ -172,29 +211,47 @@ def load_trained(run: RunFolder, checkpoint: Path | None = None, spec: InputSpec
 
 
 def samples(run: RunFolder, data: ImageData) -> Samples | None:
-    """The test images that a report draws; None where they have no numbers."""
+    """The test images that a report draws; None where they have no numbers, or none of them is there any more."""
     wanted = wanted_images(run.path)
     if isinstance(data.test, IterableDataset) or not wanted:
         return None
-    batch = data.test.batch(wanted)
-    return Samples(batch["image"], batch["target"], batch["index"], data.spec.mean, data.spec.std)
+    places = _places(run, data.test, wanted)
+    if len(places) < len(wanted):
+        _log.warning("%s of the %s images that the report shows are gone", len(wanted) - len(places), len(wanted))
+    if not places:
+        return None
+    try:
+        batch = data.test.batch(list(places.values()))
+    except BadImageError as error:
+        _log.warning("the report of %s shows no images: %s", run.path, error)
+        return None
+    index = {place: number for number, place in places.items()}
+    numbers = torch.tensor([index[place] for place in batch["index"].tolist()], dtype=torch.long)
+    return Samples(batch["image"], batch["target"], numbers, data.spec.mean, data.spec.std) if len(numbers) else None
+
+
+def _places(run: RunFolder, images: Any, wanted: Sequence[int]) -> dict[int, int]:
+    """Where the images of predictions.npz are in the test set now: by their files, which may have become fewer."""
+    predictions, present = read_run(run.path).predictions, file_names(images, range(len(images)))
+    if predictions is None or predictions.file is None or present is None:
+        return {index: index for index in wanted if index < len(images)}
+    files = dict(zip(predictions.index.tolist(), predictions.file, strict=True))
+    place = {name: number for number, name in enumerate(present)}
+    return {index: place[files[index]] for index in wanted if files[index] in place}
 
 
 def export_backbone(config: ModelConfig, spec: InputSpec, run: RunFolder, target: Path) -> str:
     """Write the weights without a classifier; returns the lines of code that load them."""
+    check_model_arguments(config)
     arguments: dict[str, Any] = {**config.args, "in_chans": spec.channels, "num_classes": 0}
     published = get_pretrained_cfg(config.name)
     if published is not None and published.fixed_input_size:
         arguments["img_size"] = spec.image_size
     model = timm.create_model(config.name, **arguments)
     load_weights(model, run.path, new_head=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        save_file(weights, target, {"format": "pt", "model": config.name, "args": json.dumps(arguments)})
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {target}: {error}") from error
-    # Test the call that is returned.
+    weights = model.state_dict()
+    write_file(weights, target, {"format": "pt", "model": config.name, "args": json.dumps(arguments)})
+    # The call that is returned has been made once.
     timm.create_model(config.name, checkpoint_path=str(target), **arguments)
     call = ", ".join([repr(config.name), *(f"{name}={value!r}" for name, value in arguments.items())])
     head = call.replace("num_classes=0", "num_classes=10, pretrained=True")

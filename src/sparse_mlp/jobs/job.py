@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import FREE_ON_RESUME, Evaluation, Loaders, RunFolder, Task, Trainer
+from sparse_mlp.engine.config import check_configs
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.model import load_weights
 from sparse_mlp.jobs.recipe import Recipe, from_json
@@ -91,6 +92,9 @@ class Job(ABC, Generic[R]):
 
     def __init__(self, recipe: R, context: Context | None = None) -> None:
         self.recipe, self.context = recipe, context or Context()
+        parts: list[Any] = [getattr(recipe, name, None) for name in ("optim", "schedule", "train")]
+        if None not in parts:  # before anything is seeded, built or read with them
+            check_configs(*parts)
 
     @classmethod
     def device_of(cls, recipe: R) -> str:
@@ -98,7 +102,10 @@ class Job(ABC, Generic[R]):
         return recipe.train.device  # type: ignore[attr-defined]
 
     def inputs(self) -> dict[str, Any]:
-        """JSON files of the run folder, by name, that predicting and evaluating need besides the weights."""
+        """JSON files of the run folder, by name, that predicting and evaluating need besides the weights.
+
+        Written when a run begins and kept when it is resumed; None stands for no file.
+        """
         return {}
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:

@@ -24,8 +24,13 @@ from sparse_mlp.models import registered_names
 from sparse_mlp.tasks.features import skip_final_norm
 
 _FROM_DATA = ("img_size", "in_chans", "num_classes")
-_FIELDS = {"checkpoint_path": "model.weights", "pretrained": "model.pretrained"}  # arguments with a field of their own
-_RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names, the same for all models
+_FIELDS = {
+    "checkpoint_path": "model.weights",
+    "pretrained": "model.pretrained",
+    "pretrained_cfg": "model.pretrained",
+    "pretrained_cfg_overlay": "model.pretrained",
+}  # arguments with a field of their own
+_RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
 
 
 def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
@@ -35,14 +40,7 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
     it cannot have, or weights that do not fit.
     """
     check_model_name(config.name)
-    given = [name for name in _FROM_DATA if name in config.args]
-    if given:
-        raise UserError(f"model.args {given[0]}={config.args[given[0]]!r} is not yours to set: it comes from the data")
-    for name, value in config.args.items():
-        if name in _FIELDS:
-            raise UserError(f"model.args {name}={value!r} is not an argument of the model: use --{_FIELDS[name]}")
-        if name in _RATES and not (isinstance(value, int | float) and 0 <= value < 1):
-            raise UserError(f"model.args {name}={value!r} is not a share in [0, 1)")
+    check_model_arguments(config)
     arguments = dict(config.args) | {"in_chans": spec.channels, "num_classes": len(spec.classes)}
     published = get_pretrained_cfg(config.name)
     if published is not None and published.fixed_input_size:
@@ -64,6 +62,18 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
     return model
 
 
+def check_model_arguments(config: ModelConfig) -> None:
+    """UserError for arguments that come from the data, would open other weights, or cannot be."""
+    given = [name for name in _FROM_DATA if name in config.args]
+    if given:
+        raise UserError(f"model.args {given[0]}={config.args[given[0]]!r} is not yours to set: it comes from the data")
+    for name, value in config.args.items():
+        if name in _FIELDS:
+            raise UserError(f"model.args {name}={value!r} is not an argument of the model: use --{_FIELDS[name]}")
+        if name in _RATES and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise UserError(f"model.args {name}={value!r} is not a share in [0, 1)")
+
+
 def load_model(config: ModelConfig, spec: InputSpec, path: Path) -> nn.Module:
     """A trained model, in evaluation mode: the architecture of `config` with the weights of a file or a run folder."""
     model = build_model(replace(config, pretrained=False, weights=None), spec)
@@ -71,8 +81,9 @@ def load_model(config: ModelConfig, spec: InputSpec, path: Path) -> nn.Module:
     return model.eval()
 
 
-def load_weights(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) -> None:
     """`weights.load`, from a file or from a run folder."""
+    path = Path(path)
     if path.is_dir() and (path / "config.json").is_file():
         path = RunFolder.open(path).weights()
     weights.load(model, path, new_head=new_head)

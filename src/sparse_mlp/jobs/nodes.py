@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import zipfile
@@ -14,12 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
-from sparse_mlp.engine.run import write_npz
+from sparse_mlp.engine.run import read_json, write_npz
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, PredictOptions, Row, check_export_target
 from sparse_mlp.jobs.model import load_weights
@@ -27,6 +25,7 @@ from sparse_mlp.jobs.recipe import Recipe
 from sparse_mlp.models.graph_mlp import GraphMlp
 from sparse_mlp.report import write_predictions_csv
 from sparse_mlp.report.nodes import write_node_report
+from sparse_mlp.weights.write import write_file
 
 if missing := [name for name in ("scipy", "torch_geometric") if find_spec(name) is None]:
     raise UserError(f"graphs need {' and '.join(missing)}: pip install 'sparse-mlp[graph]'")
@@ -40,6 +39,14 @@ from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
 from sparse_mlp.tasks.teacher import TeacherConfig, check_teacher, train_teacher
 
 TEACHER = "teacher.npz"
+_INPUT_TYPES = {
+    "name": str,
+    "num_nodes": int,
+    "num_edges": int,
+    "num_features": int,
+    "num_classes": int,
+    "row_normalize": bool,
+}
 
 _log = logging.getLogger(__name__)
 
@@ -223,8 +230,7 @@ class NodesJob(Job[NodesRecipe]):
         check_export_target(target)
         recipe, inputs = cls.stored(run), read_inputs(run)
         model = _load_network(run, recipe)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), target)
+        write_file(model.state_dict(), target)
         changed = {name: value for name, value in vars(recipe.model).items() if value != getattr(NetworkConfig, name)}
         values = [str(inputs["num_features"]), str(inputs["num_classes"])]
         values += [f"{name}={value!r}" for name, value in changed.items()]
@@ -263,11 +269,15 @@ def build_network(config: NetworkConfig, features: int, classes: int) -> GraphMl
 
 
 def read_inputs(run: RunFolder) -> dict[str, Any]:
-    """Sizes and name of the run's graph. FileNotFoundError if the run has not begun."""
+    """What the run's graph was like. FileNotFoundError if the run has not begun, UserError if the file is damaged."""
     path = run.path / INPUTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run has not begun")
-    return json.loads(path.read_text())
+    inputs = read_json(path)
+    for name, kind in _INPUT_TYPES.items():
+        if type(inputs.get(name)) is not kind:
+            raise UserError(f"{path}: {name} is {inputs.get(name)!r}, not of type {kind.__name__}")
+    return inputs
 
 
 def _load_network(run: RunFolder, recipe: NodesRecipe, checkpoint: Path | None = None) -> GraphMlp:

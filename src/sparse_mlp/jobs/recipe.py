@@ -6,12 +6,14 @@ import ast
 import dataclasses
 import difflib
 import json
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
+import torch
 import tyro
 
 from sparse_mlp.engine import LENGTHS
@@ -32,8 +34,12 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{text!r} is not of the form name=value")
         try:
             arguments[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             arguments[name] = value
+        try:
+            json.dumps(arguments[name], allow_nan=False)
+        except (TypeError, ValueError):
+            raise UserError(f"{text!r} is neither a finite number, text, true, false, a list nor a dict") from None
     return arguments
 
 
@@ -128,13 +134,32 @@ def override(recipe: R, changes: Mapping[str, Any]) -> R:
 
     What depends on the changed fields follows, see `adjust_dependent`. UserError for an unknown field or a wrong value.
     """
-    values = to_json(recipe)
+    if changes.get("kind", recipe.kind) != recipe.kind:
+        raise UserError(f"kind {changes['kind']!r} would be ignored: {recipe.name} is of the kind {recipe.kind!r}")
+    return adjust_dependent(recipe, change_fields(recipe, changes))
+
+
+def change_fields(given: T, changes: Mapping[str, Any]) -> T:
+    """A dataclass with other values in some fields, of which dictionaries change the fields inside.
+
+    UserError for an unknown field or a wrong value.
+    """
+    values = dataclasses.asdict(given)  # type: ignore[call-overload]
     for name, change in changes.items():
         if isinstance(change, Mapping) and isinstance(values.get(name), dict):
             values[name] = {**values[name], **change}
         else:
             values[name] = dataclasses.asdict(change) if dataclasses.is_dataclass(change) else change  # type: ignore[arg-type]
-    return adjust_dependent(recipe, from_json(type(recipe), json.loads(json.dumps(values))))
+    return from_json(type(given), json.loads(json.dumps(values, default=_plain)))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON holds for a value of Python's: the name of a path or a device, the number of numpy's or torch's."""
+    if isinstance(value, os.PathLike | torch.device):
+        return str(value)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    raise UserError(f"{value!r} of type {type(value).__name__} cannot be a value of a recipe")
 
 
 def adjust_dependent(default: R, given: R) -> R:

@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import LENGTHS, Evaluation, RunFolder, check_longer
-from sparse_mlp.engine.run import write_json, write_npz
+from sparse_mlp.engine.run import write_json, write_npz, writing_into
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import Context, Job, Row
 from sparse_mlp.jobs.kinds import job_type
-from sparse_mlp.jobs.recipe import Recipe, differences, override, to_json
+from sparse_mlp.jobs.recipe import Recipe, change_fields, differences, override, to_json
 
 _log = logging.getLogger(__name__)
 
@@ -54,19 +54,25 @@ class Run:
         return results["metrics"]
 
     def evaluate(self, **options: Any) -> dict[str, float]:
-        """Metrics of the newest weights; options as in `sparse-mlp eval`."""
+        """Metrics of the newest weights; options as in `sparse-mlp eval`: `evaluate(data={"root": "photos/"})`."""
         job, folder = self.job, self.folder
-        given = replace(job.eval_options(folder), **options)
+        given = change_fields(job.eval_options(folder), options)
         with distributed.join(given.device) as device:
             return job.evaluate(folder, given, device).metrics
 
     def predict(self, *files: str | Path, **options: Any) -> list[Row]:
         """One row for each item in the files; options as in `sparse-mlp predict`."""
-        return self.job.predict(self.folder, [str(file) for file in files], self.job.predict_options_type(**options))
+        job, folder = self.job, self.folder
+        if not files or not all(isinstance(file, str | os.PathLike) for file in files):
+            raise UserError(f"predict takes the names of files or folders, not {files or 'nothing'!r:.80}")
+        return job.predict(
+            folder, [os.fspath(file) for file in files], change_fields(job.predict_options_type(), options)
+        )
 
     def report(self) -> Path:
         """Write the run's page; returns its path."""
-        return self.job.report(self.folder)
+        with writing_into(self.path):
+            return self.job.report(self.folder)
 
     def export(self, target: str | Path) -> str:
         """Write the run's model as bare weights; returns the code that loads them."""
@@ -99,7 +105,9 @@ def train(
 
     UserError or OSError in one line for what does not exist or fit; FileExistsError if the folder holds a run.
     """
-    context = Context(trusted=True, datasets=datasets)
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"train takes a recipe, not {recipe!r}: sparse_mlp.recipe(NAME, ...) gives one")
+    context = Context(trusted=True, datasets=_pair(datasets))
     return _start(recipe, context, Path(out) if out is not None else None, resume=False, show=show)
 
 
@@ -122,9 +130,11 @@ def resume(
     """
     run = Run(Path(path))
     stored = run.recipe
+    if not isinstance(changes, Recipe | Mapping | None):
+        raise UserError(f"changes are a dictionary of fields or a recipe, not {changes!r}")
     requested = changes if isinstance(changes, Recipe) else override(stored, changes or {})
     check_resume(run.path, stored, requested)
-    context = Context(run.folder, trusted=trusted, datasets=datasets)
+    context = Context(run.folder, trusted=trusted, datasets=_pair(datasets))
     return _start(requested, context, run.path, resume=True, show=show)
 
 
@@ -133,6 +143,15 @@ def check(recipe: Recipe, out: Path) -> None:
     kind = job_type(recipe.kind)
     with distributed.join(kind.device_of(recipe)) as device:
         kind(recipe, Context(trusted=True)).prepare(RunFolder(choose_folder(recipe.name, out, resume=False)), device)
+
+
+def _pair(datasets: Any) -> tuple[Dataset, Dataset] | None:
+    """UserError for anything but a training and a test set."""
+    if datasets is None:
+        return None
+    if not isinstance(datasets, tuple | list) or len(datasets) != 2:
+        raise UserError(f"datasets are a training and a test set, (train, test), not {type(datasets).__name__}")
+    return datasets[0], datasets[1]
 
 
 def _start(recipe: Recipe, context: Context, out: Path | None, *, resume: bool, show: bool) -> Run:
@@ -158,7 +177,10 @@ def _write_start(run: RunFolder, job: Job, resume: bool) -> None:
             run.results_path.unlink(missing_ok=True)  # it has not finished any more
         write_json(run.config_path, to_json(job.recipe))
     for name, content in job.inputs().items():
-        write_json(run.path / name, content)
+        if content is None:
+            (run.path / name).unlink(missing_ok=True)  # of an earlier run that did not take a step
+        elif not resume or not (run.path / name).is_file():
+            write_json(run.path / name, content)
 
 
 def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
@@ -166,9 +188,10 @@ def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
     if run.has_checkpoint():
         _link(run.weights(), run.path / "model.safetensors")
     write_npz(run.path / "predictions.npz", job.predictions(evaluation))
-    job.finish(run, evaluation)
-    write_json(run.results_path, {"metrics": evaluation.metrics})
-    page = type(job).report(run, replace(job.context, run=run))
+    with writing_into(run.path):
+        job.finish(run, evaluation)
+        write_json(run.results_path, {"metrics": evaluation.metrics})
+        page = type(job).report(run, replace(job.context, run=run))
     _log.info(f"{job.summary(evaluation)}; report: {page}")
 
 
@@ -193,6 +216,8 @@ def is_longer(stored: Recipe, requested: Recipe) -> bool:
 def choose_folder(name: str, folder: Path | None, resume: bool) -> Path:
     """The requested folder, else runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist."""
     if folder is None:
+        if Path(name).name != name or name in ("", ".."):
+            raise UserError(f"name {name!r} is no name of a folder in runs/: give another, or --out")
         tries = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
         return next(path for path in tries if not path.exists())
     if not folder.name:  # "" and ".": the run's dozen files would lie among others

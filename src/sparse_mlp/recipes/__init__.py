@@ -92,6 +92,8 @@ def get(name: str, given: Any = None) -> Recipe:
 
     UserError with the nearest names if there is neither a recipe nor a model of that name.
     """
+    if not isinstance(name, str):
+        raise UserError(f"a recipe is called by its name, a str, not by {name!r}")
     if name in RECIPES:
         function = RECIPES[name]
         return function(given) if given is not None and inspect.signature(function).parameters else function()
@@ -109,7 +111,10 @@ def resolve(name: str, change: Callable[[Recipe], Recipe]) -> Recipe:
 
     `change` applies the changes to a recipe. It is called twice: to learn what the user gave, and for the result.
     """
-    return change(get(name, change(get(name))))
+    recipe = change(get(name, change(get(name))))
+    if name not in RECIPES:
+        own_images.describe(recipe)  # type: ignore[arg-type]
+    return recipe
 
 
 def recipe(name: str, /, **changes: Any) -> Recipe:

@@ -30,8 +30,8 @@ class DatasetFacts:
         return self.channels == 1
 
     def batch_size(self, largest: int) -> int:
-        """A power of two: at most `largest`, and small enough for 16 batches an epoch, but not below 8."""
-        size = min(largest, max(8, self.images // 16))
+        """A power of two: at most `largest` and the set, and at least 16 batches an epoch where there are images."""
+        size = min(largest, max(8, self.images // 16), max(1, self.images))
         return 2 ** (size.bit_length() - 1)
 
 

@@ -8,6 +8,7 @@ starting points for some dozens to some tens of thousands of images, not the res
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import statistics
@@ -23,7 +24,7 @@ from PIL import Image
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from sparse_mlp.data import AugmentConfig, DataConfig
-from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
+from sparse_mlp.engine import LENGTHS, OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Context
 from sparse_mlp.jobs.classify import ClassifyRecipe
@@ -46,26 +47,64 @@ def fit_to_images(default: ClassifyRecipe, given: ClassifyRecipe) -> ClassifyRec
     data = given.data
     if data.root is not None and data.name == default.data.name:
         data = replace(data, name="folder")
-    images = open_images(replace(data, batch_size=1), AugmentConfig(), Context(trusted=True))
-    count = len(images.train)  # type: ignore[arg-type]
+    dataset = open_images(replace(data, batch_size=1), AugmentConfig(), Context(trusted=True))
+    count = len(dataset.train)  # type: ignore[arg-type]
+    if not count:
+        raise UserError(f"data.test_share {data.test_share} leaves no image of {data.root or data.name} to train on")
     model = replace(given.model, pretrained=given.model.weights is None and _can_fetch(given.model.name))
     from_weights = model.pretrained or model.weights is not None
-    names = file_names(images.train, range(0, count, max(1, count // _SAMPLED_FILES)))
+    names = file_names(dataset.train, range(0, count, max(1, count // _SAMPLED_FILES)))
     files = [Path(data.root or "", name) for name in names or ()]
-    side, grey = _median_side(files) if files else (images.spec.image_size, images.spec.channels == 1)
+    side, grey = _median_side(files) if files else (dataset.spec.image_size, dataset.spec.channels == 1)
     size = data.image_size or _image_size(given.model.name, side, from_weights)
     channels = data.channels or (1 if grey else 3)
-    facts = DatasetFacts(count, len(images.classes), size, channels)
+    facts = DatasetFacts(count, len(dataset.classes), size, channels)
     recipe = _settings(facts, from_weights)
     batch_size = recipe.data.batch_size
     recipe = replace(
         recipe,
+        schedule=_schedule(default.train, given.train, recipe, facts),
         name=default.name,
         model=replace(default.model, pretrained=model.pretrained),
         data=replace(default.data, name=data.name, image_size=size, channels=channels, batch_size=batch_size),
     )
-    _log_settings(recipe, facts, data.root or data.name)
+    start = "published weights" if model.pretrained else model.weights or "from scratch"
+    _log.info(
+        "%s on %s: %s training images, %s classes, %s x %s pixels, %s; %s",
+        model.name,
+        data.root or data.name,
+        count,
+        facts.classes,
+        size,
+        size,
+        "grey" if facts.grey else "colour",
+        start,
+    )
     return recipe
+
+
+def describe(recipe: ClassifyRecipe) -> None:
+    """Log the settings that a run has in the end, whether they were chosen here or given."""
+    train, augment = recipe.train, recipe.augment
+    length = ", ".join(f"{value:g} {unit}" for unit in LENGTHS if (value := getattr(train, unit)) is not None)
+    varied = [name for name, value in vars(augment).items() if value != getattr(AugmentConfig(), name)]
+    _log.info(
+        "batch %s, %s, learning rate %.2g; augmentation: %s; each is an option: --train.epochs, --data.batch-size, ...",
+        recipe.data.batch_size,
+        length,
+        recipe.optim.lr,
+        ", ".join(varied) or "none",
+    )
+
+
+def _schedule(default: TrainConfig, given: TrainConfig, recipe: ClassifyRecipe, facts: DatasetFacts) -> ScheduleConfig:
+    """A warm-up of a tenth of the run, of the length that is given where one is."""
+    epochs = given.epochs if given.epochs != default.epochs else None
+    if given.steps is not None:
+        epochs = given.steps * recipe.data.batch_size / facts.images
+    if epochs is None or not 0 < epochs < math.inf:  # what cannot be is refused with the rest of the recipe
+        epochs = recipe.train.epochs or 0
+    return ScheduleConfig(warmup_epochs=epochs / 10)
 
 
 def _settings(facts: DatasetFacts, from_weights: bool) -> ClassifyRecipe:
@@ -82,7 +121,6 @@ def _settings(facts: DatasetFacts, from_weights: bool) -> ClassifyRecipe:
         augment=augment,
         task=ClassifyConfig(smoothing=0.1),
         optim=OptimConfig(lr=(1e-4 if from_weights else 1e-3) * max(1, batch / 32) ** 0.5, weight_decay=0.05),
-        schedule=ScheduleConfig(warmup_epochs=epochs / 10),
         train=TrainConfig(epochs=max(10, epochs // 3) if from_weights else epochs, clip_grad=1.0),
     )
 
@@ -95,7 +133,7 @@ def _median_side(files: Sequence[Path]) -> tuple[int, bool]:
             with Image.open(file) as image:
                 sides.append(min(image.size))
                 modes.add(image.mode)
-        except OSError:  # named when it is read
+        except (OSError, Image.DecompressionBombError):  # named when it is read
             continue
     return (round(statistics.median(sides)), modes <= set(_GREY_MODES)) if sides else (224, False)
 
@@ -138,25 +176,3 @@ def _check_reachable(published: PretrainedCfg) -> None:
         host = address.hostname
     if not cached and host:
         socket.create_connection((host, 443), timeout=5).close()
-
-
-def _log_settings(recipe: ClassifyRecipe, facts: DatasetFacts, source: str) -> None:
-    start = "published weights" if recipe.model.pretrained else recipe.model.weights or "from scratch"
-    changed = [name for name, value in vars(recipe.augment).items() if value != getattr(AugmentConfig(), name)]
-    _log.info(
-        "%s on %s: %s training images, %s classes, %s x %s pixels, %s; %s; batch %s, %g epochs, warm-up %g, "
-        "learning rate %.2g; augmentation: %s. Each is an option: --data.image-size, --train.epochs, ...",
-        recipe.model.name,
-        source,
-        facts.images,
-        facts.classes,
-        facts.image_size,
-        facts.image_size,
-        "grey" if facts.grey else "colour",
-        start,
-        recipe.data.batch_size,
-        recipe.train.epochs,
-        recipe.schedule.warmup_epochs,
-        recipe.optim.lr,
-        ", ".join(changed) or "none",
-    )

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from sparse_mlp.engine.run import replacing
 from sparse_mlp.report.samples import Pixels, data_uri
 from sparse_mlp.report.style import save_png, save_svg, to_svg
 
@@ -105,10 +106,10 @@ def write_page(target: Path, template: str, head: Head, **context: object) -> Pa
     """Fill a template and write the page in one piece; returns its path. `sections` become the page's links."""
     defaults = {"sections": {}, "settings": {}, "titles": TITLES, "page_title": head.title}
     text = _templates().get_template(template).render(head=head, **(defaults | context))
-    temporary = target.with_name(f".{target.name}.tmp")
-    # a file name that is not UTF-8 has surrogates
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    return temporary.replace(target)
+    with replacing(target) as temporary:
+        # a file name that is not UTF-8 has surrogates
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return target
 
 
 @functools.cache

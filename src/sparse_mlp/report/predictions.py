@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from sparse_mlp.engine.run import replacing
 from sparse_mlp.errors import UserError
 
 Floats = NDArray[np.float64]
@@ -124,7 +125,10 @@ def write_predictions_csv(
         raise UserError(f"{path}: predictions of {reduced.num_classes} classes, but {len(names)} class names are given")
     first = reduced.index.tolist() if reduced.file is None else reduced.file
     # A file name that is not UTF-8 gets its own bytes back.
-    with Path(path).open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+    with (
+        replacing(Path(path)) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
+    ):
         writer = csv.writer(stream)
         writer.writerow(["index" if reduced.file is None else "file", "target", "predicted", "probability", "correct"])
         for item, target, guess, share in zip(

@@ -9,8 +9,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.models import is_model
 from torch import Tensor, nn
 
@@ -19,6 +17,7 @@ from sparse_mlp.models import registered_names
 from sparse_mlp.models._pyramid import Pyramid
 from sparse_mlp.weights.fit import add_batch_counters, check_fit, shapes
 from sparse_mlp.weights.read import adapt, read_file
+from sparse_mlp.weights.write import write_file
 
 __all__ = ["convert", "convert_file"]
 
@@ -61,7 +60,7 @@ def convert_file(source: Path, model_name: str, target: Path, use_ema: bool = Tr
     tensors.
 
     Pickled files are read without executing code. FileNotFoundError for a source or folder that is not there, UserError
-    for files that cannot be read, do not fit or cannot be written.
+    for what cannot be read or does not fit, OSError for what cannot be written.
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
@@ -73,10 +72,7 @@ def convert_file(source: Path, model_name: str, target: Path, use_ema: bool = Tr
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} into")
     weights = convert(read_file(source), model_name, use_ema)
-    try:
-        save_file(weights, target)
-    except SafetensorError as error:  # a full disk, no permission
-        raise UserError(f"{target} cannot be written: {error}") from error
+    write_file(weights, target)
     return len(weights)
 
 
