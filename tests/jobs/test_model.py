@@ -45,7 +45,7 @@ def test_models_of_any_image_size_need_no_size():
         (small(top_k=(9, 2)), "top_k"),
         (small(capacity_ratio=0), "capacity_ratio must be above 0"),
         (small(patch_size=5), "divisible"),
-        (small(num_classes=7), "num_classes=7 is not yours to set"),
+        (small(num_classes=7), "num_classes=7 cannot be set"),
         (ModelConfig("mixer_t4_32", {"patch_size": 5}), "image size 16 is not divisible by its patch size 5"),
         (ModelConfig("vgg11"), "vgg11"),
     ],

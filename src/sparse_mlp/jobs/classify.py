@@ -47,8 +47,8 @@ from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
 
 _log = logging.getLogger(__name__)
 
-# Options that say how one set is read, or what is trained on.
-_OF_A_SET = (
+# Options that only apply to the set that they were given for.
+_SET_OPTIONS = (
     "root",
     "on_bad_image",
     "test_share",
@@ -239,15 +239,15 @@ def predict_pictures(
 
 
 def _other_images(images: DataConfig, trained: DataConfig, spec: InputSpec) -> DataConfig:
-    """Another set, as the model takes images; what only says how the run's own set was read is not taken over."""
+    """Another set in the input format of the model, without the options that were given for the run's own set."""
     default, changed = DataConfig(), {}
-    own = _OF_A_SET if images.name != trained.name else ("test_share",)
-    for name in own:
+    names = _SET_OPTIONS if images.name != trained.name else ("test_share",)
+    for name in names:
         if getattr(images, name) == getattr(trained, name):
             changed[name] = getattr(default, name)
     images = replace(images, **changed)
     if images.name == "folder" and images.test_share is None and not (Path(images.root or "") / "train").is_dir():
-        images = replace(images, test_share=1.0)  # nothing of a folder that was not trained on is kept back
+        images = replace(images, test_share=1.0)  # not trained on: evaluate on all of it
     cropped = images.name == "folder" or "/" in images.name
     return replace(
         images,

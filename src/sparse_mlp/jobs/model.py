@@ -30,7 +30,7 @@ _FIELDS = {
     "pretrained_cfg": "model.pretrained",
     "pretrained_cfg_overlay": "model.pretrained",
 }  # arguments with a field of their own
-_RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # by timm's names, whatever the model
+_RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names, the same for all models
 
 
 def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
@@ -63,10 +63,10 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
 
 
 def check_model_arguments(config: ModelConfig) -> None:
-    """UserError for arguments that come from the data, would open other weights, or cannot be."""
+    """UserError for arguments that come from the data, that open other weights, or that are out of range."""
     given = [name for name in _FROM_DATA if name in config.args]
     if given:
-        raise UserError(f"model.args {given[0]}={config.args[given[0]]!r} is not yours to set: it comes from the data")
+        raise UserError(f"model.args {given[0]}={config.args[given[0]]!r} cannot be set: it comes from the data")
     for name, value in config.args.items():
         if name in _FIELDS:
             raise UserError(f"model.args {name}={value!r} is not an argument of the model: use --{_FIELDS[name]}")
