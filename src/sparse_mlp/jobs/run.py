@@ -179,7 +179,8 @@ def _write_start(run: RunFolder, job: Job, resume: bool) -> None:
         write_json(run.config_path, to_json(job.recipe))
     for name, content in job.inputs().items():
         if content is None:
-            (run.path / name).unlink(missing_ok=True)  # of an earlier run that did not take a step
+            if not resume:
+                (run.path / name).unlink(missing_ok=True)  # of an earlier run that did not take a step
         elif not resume or not (run.path / name).is_file():
             write_json(run.path / name, content)
 
