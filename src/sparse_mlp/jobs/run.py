@@ -65,7 +65,8 @@ class Run:
         """One row for each item in the files; options as in `sparse-mlp predict`."""
         job, folder = self.job, self.folder
         if not files or not all(isinstance(file, str | os.PathLike) for file in files):
-            raise UserError(f"predict takes the names of files or folders, not {files or 'nothing'!r:.80}")
+            given = ", ".join(type(file).__name__ for file in files) or "nothing"
+            raise UserError(f"predict takes the names of files or folders, not {given}")
         return job.predict(
             folder, [os.fspath(file) for file in files], change_fields(job.predict_options_type(), options)
         )
