@@ -232,6 +232,13 @@ def test_unreadable_image_in_a_folder_is_skipped_and_counted_on_request(run: Run
     assert code == 0 and "1 images could not be read and were skipped" in err and "3.png" in err
 
 
+@pytest.mark.parametrize("inside", [".", "runs/first", "cat"])
+def test_a_run_folder_among_the_images(fails: Callable[..., str], images: Path, on_images: list[str], inside: str):
+    before = sorted(images.rglob("*"))
+    assert "lies among the images" in fails(*on_images[:-1], images / inside)
+    assert sorted(images.rglob("*")) == before
+
+
 def test_empty_folder(fails: Callable[..., str], images: Path, on_images: list[str]):
     shutil.rmtree(images)
     images.mkdir()
