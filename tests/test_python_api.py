@@ -156,7 +156,7 @@ def test_wrong_options_of_an_evaluation(run: sparse_mlp.Run, options: dict, mess
 def test_wrong_things_to_predict(run: sparse_mlp.Run) -> None:
     with pytest.raises(UserError, match="takes the names of files"):
         run.predict()
-    with pytest.raises(UserError, match="takes the names of files"):
+    with pytest.raises(UserError, match=r"takes the names of files or folders, not ndarray$"):
         run.predict(np.zeros((8, 8)))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="unknown field tops; nearest: top"):
         run.predict("x.png", tops=3)

@@ -37,6 +37,10 @@ def fails(run: Run) -> Callable[..., str]:
         ("train --optim.lr 1", "which recipe?"),
         ("train sparse_mlp_t4_32", "which images? sparse_mlp_t4_32 is a model: --data.root FOLDER"),
         ("train cycle_mlp_b9", "nearest: cycle_mlp_b"),
+        ("train resnet10t.nosuch --data.name digits", "unknown weights 'resnet10t.nosuch'; known: resnet10t.c3_in1k"),
+        ("train digits_mixer --model.name resnet10t.nosuch", "unknown weights 'resnet10t.nosuch'"),
+        ("info resnet10t.nosuch", "unknown weights 'resnet10t.nosuch'"),
+        ("eval sparse_mlp_t4_32.x --pretrained --data.name digits", "known: sparse_mlp_t4_32 alone"),
         ("train digits_sparse digits_mixer", "train takes one recipe"),
         ("train digits_sparse --optm.lr 1", "nearest: --optim.lr"),
         ("train digits_sparse --optim.lr fast", "--optim.lr"),
@@ -59,6 +63,7 @@ def fails(run: Run) -> Callable[..., str]:
         ("train digits_sparse --data.num-classes 7", "digits has 10 classes"),
         ("train digits_sparse --data.name digit", "did you mean digits"),
         ("train digits_sparse --data.name folder", "--data.root"),
+        ("train digits_sparse --data.name folder --data.root=", "a folder set needs --data.root FOLDER"),
         ("train digits_sparse --data.name folder --data.root /no/such/folder", "/no/such/folder is not a folder"),
         ("train digits_sparse --data.name cifar10 --data.root /no/such/folder", "expected /no/such/folder/cifar-10"),
         ("train digits_sparse --data.batch-size 5000", "5000 is more than the 1198 training images"),
@@ -225,6 +230,13 @@ def test_unreadable_image_in_a_folder_is_skipped_and_counted_on_request(run: Run
     (images / "cat" / "3.png").write_text("no picture")
     code, _, err = run(*on_images, "--data.on-bad-image", "skip")
     assert code == 0 and "1 images could not be read and were skipped" in err and "3.png" in err
+
+
+@pytest.mark.parametrize("inside", [".", "runs/first", "cat"])
+def test_a_run_folder_among_the_images(fails: Callable[..., str], images: Path, on_images: list[str], inside: str):
+    before = sorted(images.rglob("*"))
+    assert "lies among the images" in fails(*on_images[:-1], images / inside)
+    assert sorted(images.rglob("*")) == before
 
 
 def test_empty_folder(fails: Callable[..., str], images: Path, on_images: list[str]):

@@ -144,6 +144,8 @@ class Stream(IterableDataset):
         ([], CONFIG, "the train dataset is empty"),
         ([1], CONFIG, r"has to be \(image, label\), not int"),
         (Own(lambda p: torch.zeros(3, 8, 8)), CONFIG, "image 0 is Tensor of .*float32"),
+        (Own(lambda p: p[:0]), CONFIG, "image 0 is empty: 16 x 0 pixels"),
+        (Own(lambda p: Image.new("L", (0, 0))), CONFIG, "image 0 is empty: 0 x 0 pixels"),
         (Own(lambda p: None), CONFIG, "image 0 is NoneType"),
         (Own(lambda p: "x.png"), CONFIG, "image 0 is str"),
         (Own(lambda p: p.astype(float)), CONFIG, "image 0 is ndarray of float64"),

@@ -147,6 +147,8 @@ def test_without_them_the_training_starts_from_scratch_and_says_so(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(socket, "create_connection", fail)
     recipe = recipes.recipe("cycle_mlp_b1", data={"root": str(photos)})
+    with pytest.raises(UserError, match="weights of cycle_mlp_b1 cannot be fetched here: no network"):
+        recipes.recipe("cycle_mlp_b1", data={"root": str(photos)}, model={"pretrained": True})
     assert not recipe.model.pretrained
     assert "cannot be fetched" in caplog.text and "no network" in caplog.text
 

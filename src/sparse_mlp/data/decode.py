@@ -177,6 +177,8 @@ def image_from(value: Any, channels: int, name: str) -> Image.Image:
     Raises BadImageError, which calls it `name`, for anything else.
     """
     if isinstance(value, Image.Image):
+        if 0 in value.size:
+            raise BadImageError(f"{name} is empty: {value.size[0]} x {value.size[1]} pixels")
         try:
             return convert_image(value, channels)
         except BadImageError as error:
@@ -187,4 +189,6 @@ def image_from(value: Any, channels: int, name: str) -> Image.Image:
         found = f"{type(value).__name__} of {array.dtype} {tuple(np.shape(value))}"
         allowed = "a PIL image, a uint8 tensor (C, H, W) or a uint8 array (H, W, C)"
         raise BadImageError(f"{name} is {found}, not {allowed}; normalisation is left to this library")
+    if not array.size:
+        raise BadImageError(f"{name} is empty: {array.shape[1]} x {array.shape[0]} pixels")
     return convert_image(Image.fromarray(array[..., 0] if array.ndim == 3 and planes == 1 else array), channels)

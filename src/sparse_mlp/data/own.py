@@ -91,7 +91,8 @@ def image_data_from(
 
 def _first_image(dataset: Any) -> Image.Image:
     image, _ = _pair(dataset[0])
-    return image if isinstance(image, Image.Image) else image_from(image, _planes(image), "image 0")
+    checked = image_from(image, _planes(image), "image 0")
+    return image if isinstance(image, Image.Image) else checked
 
 
 def _pair(item: Any) -> tuple[Any, Any]:
@@ -102,7 +103,9 @@ def _pair(item: Any) -> tuple[Any, Any]:
 
 
 def _planes(image: Any) -> int:
-    """1 or 3, for a tensor (C, H, W) or an array (H, W, C)."""
+    """1 or 3, for a tensor (C, H, W) or an array (H, W, C); 3 for an image of PIL."""
+    if isinstance(image, Image.Image):
+        return max(MODES)
     shape = np.shape(image)
     side = 0 if hasattr(image, "permute") else -1
     return 1 if len(shape) == 2 or (len(shape) == 3 and shape[side] == 1) else max(MODES)

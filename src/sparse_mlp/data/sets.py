@@ -129,7 +129,7 @@ def build_datasets(
     if data.name in _ARRAY_SETS:
         built = _build_arrays(data, augment, root)
     elif data.name == "folder":
-        if data.root is None:
+        if not data.root:
             raise UserError("a folder set needs --data.root FOLDER")
         folder = read_folder(root, data.channels or 3, data.test_share, split)
         built = build_files(data, augment, folder.train, folder.test, folder.classes)

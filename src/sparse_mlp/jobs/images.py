@@ -77,8 +77,17 @@ class ImageJob(Job[R]):
         return config
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
-        log_notes(self.data)
+        self.check_folder(run)
         super().prepare(run, device)
+
+    def check_folder(self, run: RunFolder) -> None:
+        """Say what was left out. UserError for a new run inside its images, where its figures would be a class."""
+        data: DataConfig = self.recipe.data  # type: ignore[attr-defined]
+        if self.context.run is None and data.name == "folder" and data.root is not None:
+            folder, root = run.path.resolve(), Path(data.root).resolve()
+            if folder.is_relative_to(root):
+                raise UserError(f"the run folder {run.path} lies among the images of {data.root}: name another --out")
+        log_notes(self.data)
 
     def inputs(self) -> dict[str, Any]:
         return {INPUTS: asdict(self.data.spec), SPLIT: self.data.split or None}

@@ -75,6 +75,7 @@ class KnnJob(ImageJob[KnnRecipe]):
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
         """There is no trainer."""
+        self.check_folder(run)
 
     def fit(self, run: RunFolder, device: torch.device, *, resume: bool, show: bool) -> Evaluation:
         """Classify the test images; every rank does all of it."""

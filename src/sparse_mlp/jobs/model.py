@@ -52,6 +52,8 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
         _check_forward(model, config.name, spec)
     except UserError:
         raise
+    except OSError as error:
+        raise OSError(f"model {config.name}: {_explain(error, config.name)}") from error
     # Models differ in what they raise for an argument that they cannot use.
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"model {config.name}: {_explain(error, config.name)}") from error
@@ -98,12 +100,25 @@ def _nearest_models(name: str) -> list[str]:
 
 
 def check_model_name(name: str) -> None:
-    """UserError with the nearest names if timm has no model of this name."""
-    if ":" in name or timm.is_model(name):  # hf-hub:..., local-dir:...
+    """UserError with the nearest names if timm has no model of this name, or no weights of its tag."""
+    if ":" in name:  # hf-hub:..., local-dir:...
+        return
+    if timm.is_model(name):
+        _check_tag(name)
         return
     near = _nearest_models(name)
     hint = f"; nearest: {', '.join(near[:3])}" if near else ""
     raise UserError(f"unknown model {name!r}{hint} (`sparse-mlp models --all` lists every name)")
+
+
+def _check_tag(name: str) -> None:
+    """UserError with the tags that there are for one that timm does not know, as in resnet18.a1_in1k."""
+    try:
+        get_pretrained_cfg(name)
+    except RuntimeError:
+        model = name.split(".")[0]
+        known = ", ".join(timm.list_pretrained(f"{model}.*")) or f"{model} alone: it has no published weights"
+        raise UserError(f"unknown weights {name!r}; known: {known}") from None
 
 
 @torch.no_grad()

@@ -64,7 +64,8 @@ class Run:
         """One row for each item in the files; options as in `sparse-mlp predict`."""
         job, folder = self.job, self.folder
         if not files or not all(isinstance(file, str | os.PathLike) for file in files):
-            raise UserError(f"predict takes the names of files or folders, not {files or 'nothing'!r:.80}")
+            given = ", ".join(type(file).__name__ for file in files) or "nothing"
+            raise UserError(f"predict takes the names of files or folders, not {given}")
         return job.predict(
             folder, [os.fspath(file) for file in files], change_fields(job.predict_options_type(), options)
         )
@@ -178,7 +179,8 @@ def _write_start(run: RunFolder, job: Job, resume: bool) -> None:
         write_json(run.config_path, to_json(job.recipe))
     for name, content in job.inputs().items():
         if content is None:
-            (run.path / name).unlink(missing_ok=True)  # of an earlier run that did not take a step
+            if not resume:
+                (run.path / name).unlink(missing_ok=True)  # of an earlier run that did not take a step
         elif not resume or not (run.path / name).is_file():
             write_json(run.path / name, content)
 

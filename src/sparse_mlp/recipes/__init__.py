@@ -15,7 +15,7 @@ import timm
 
 from sparse_mlp.data import DataConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs import ModelConfig, Recipe, override
+from sparse_mlp.jobs import ModelConfig, Recipe, check_model_name, override
 from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.models import registered_names
 from sparse_mlp.recipes import (
@@ -98,6 +98,7 @@ def get(name: str, given: Any = None) -> Recipe:
         function = RECIPES[name]
         return function(given) if given is not None and inspect.signature(function).parameters else function()
     if timm.is_model(name):
+        check_model_name(name)
         default = ClassifyRecipe(name=name, model=ModelConfig(name), data=DataConfig(pretrained.NOT_GIVEN))
         return own_images.fit_to_images(default, given) if given is not None else default
     near = difflib.get_close_matches(name, [*RECIPES, *registered_names()], n=3, cutoff=0.4)

@@ -26,7 +26,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from sparse_mlp.data import AugmentConfig, DataConfig
 from sparse_mlp.engine import LENGTHS, OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs import Context
+from sparse_mlp.jobs import Context, ModelConfig
 from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.jobs.images import file_names, open_images
 from sparse_mlp.recipes.facts import DatasetFacts
@@ -51,7 +51,7 @@ def fit_to_images(default: ClassifyRecipe, given: ClassifyRecipe) -> ClassifyRec
     count = len(dataset.train)  # type: ignore[arg-type]
     if not count:
         raise UserError(f"data.test_share {data.test_share} leaves no image of {data.root or data.name} to train on")
-    model = replace(given.model, pretrained=given.model.weights is None and _can_fetch(given.model.name))
+    model = replace(given.model, pretrained=given.model.weights is None and _can_fetch(given.model))
     from_weights = model.pretrained or model.weights is not None
     names = file_names(dataset.train, range(0, count, max(1, count // _SAMPLED_FILES)))
     files = [Path(data.root or "", name) for name in names or ()]
@@ -148,16 +148,21 @@ def _image_size(name: str, side: int, from_weights: bool) -> int:
     return max(32, round(min(limit, side) / 32) * 32)
 
 
-def _can_fetch(name: str) -> bool:
-    """Whether the weights that timm publishes for a model are in its cache or can be downloaded."""
-    published = get_pretrained_cfg(name)
+def _can_fetch(model: ModelConfig) -> bool:
+    """Whether the weights that timm publishes for a model are in its cache or can be downloaded.
+
+    UserError if they were asked for by name and cannot.
+    """
+    name, published = model.name, get_pretrained_cfg(model.name)
     if published is None or not published.has_weights:
-        return False
+        return False  # asked for by name, they are refused when the model is built
     try:
         _check_reachable(published)
         timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises different types without a network
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if model.pretrained:
+            raise UserError(f"the published weights of {name} cannot be fetched here: {reason}") from error
         _log.warning(
             "the published weights of %s cannot be fetched here, the training starts from scratch: %s", name, reason
         )
