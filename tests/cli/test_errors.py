@@ -415,3 +415,17 @@ def test_arguments_that_no_file_can_hold(fails: Callable[..., str], value: str):
 def test_a_comparison_has_a_folder_of_its_own(fails: Callable[..., str], trained: Path, tmp_path: Path, verb: str):
     copy = Path(shutil.copytree(trained, tmp_path / "run"))
     assert "--out '.' names no folder of its own" in fails(verb, trained, copy, "--out", "")
+
+
+def test_a_run_on_a_graph_is_no_model_of_images(fails: Callable[..., str], trained: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(trained, tmp_path / "run"))
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace('"kind": "classify"', '"kind": "nodes"'))
+    assert "config.json has no model of a run on images" in fails("info", copy)
+    assert "config.json has no model of a run on images" in fails("train", "knn", "--model.weights", copy)
+
+
+def test_a_knn_is_compared_with_what_was_trained(run: Run, trained: Path, tmp_path: Path):
+    assert run("train", "knn", "--model.weights", trained, "--out", tmp_path / "knn")[0] == 0
+    code, out, _ = run("compare", tmp_path / "knn", trained, "--out", tmp_path / "both")
+    assert code == 0 and "knn" in out and (tmp_path / "both" / "comparison.html").is_file()

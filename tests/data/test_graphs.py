@@ -412,3 +412,9 @@ def test_the_papers_graphs(data_root, name, counts):
     assert (*sizes, len(graph.splits["train"])) == counts
     sums = np.asarray(graph.features.sum(1)).reshape(-1)
     assert np.logical_or(np.abs(sums - 1) < 1e-4, sums == 0).all()
+
+
+def test_a_file_of_text_is_no_graph(tmp_path):
+    (tmp_path / "notes.pt").write_text("import os\n")
+    with pytest.raises(ValueError, match=r"notes\.pt: refused: it is no file of torch's$"):
+        load_graph(tmp_path / "notes.pt")

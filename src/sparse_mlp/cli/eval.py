@@ -20,6 +20,7 @@ from sparse_mlp.jobs.images import log_notes, open_images
 from sparse_mlp.jobs.recipe import Arguments
 from sparse_mlp.tasks.classify import ClassifyConfig
 
+_COUNTS = ("images", "nodes")
 _ACCURACIES = ("top1", "top5", "val_top1", "knn_top1", "knn_top5")
 
 
@@ -108,4 +109,4 @@ def _show(target: str, metrics: dict[str, float]) -> None:
 def _cell(name: str, value: float) -> str:
     if name in _ACCURACIES:
         return f"{value:.2%}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    return f"{value:,.0f}" if isinstance(value, int) or name in _COUNTS else f"{value:.4f}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -168,6 +169,8 @@ def _read_saved(path: Path, split: Split, row_normalize: bool) -> Graph:
     except Exception as error:  # pickle and torch raise several kinds
         named = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))  # torch's own advice: trust it
         why = f"it names {named[1]}, which no graph needs" if named else str(error).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError) and not named:
+            why = "it is no file of torch's"
         raise UserError(f"{path}: refused: {why}") from error
     name = path.parent.name if path.name == "data.pt" else path.stem
     return from_data(_one_graph(saved, path), name, row_normalize=row_normalize, split=split)

@@ -189,26 +189,35 @@ def _labelled_share(train: Any, data: DataConfig, classes: Sequence[str]) -> Arr
     return train.subset(np.sort(np.concatenate(chosen)))
 
 
+_TIMM = tuple(TIMM_PREFIXES)
+_USERS = {
+    "root": (*(name for name in SETS if name != "digits"), *_TIMM),
+    "on_bad_image": ("folder", "torch/", "hfds/"),
+    "test_share": ("folder",),
+    "label_share": SETS,
+    "repeats": (*SETS, "torch/", "hfds/"),
+    "download": ("cifar10", "cifar100", "torch/", "hfids/", "tfds/"),
+    "train_split": _TIMM,
+    "test_split": _TIMM,
+    "num_samples": ("hfids/", "tfds/", "wds/"),
+    "crop_pct": ("folder", *_TIMM),
+}
+"""Options that are not for every set, and which sets use them."""
+
+
+def ignored_options(name: str) -> list[str]:
+    """Options of DataConfig that the named set would ignore; none of a set that is not known."""
+    kind = name.lower().split("/")[0] + "/" if "/" in name else name
+    return [option for option, kinds in _USERS.items() if kind not in kinds and kind in (*SETS, *_TIMM)]
+
+
 def _check_used(data: DataConfig) -> None:
     """UserError for an option that the named set would ignore."""
-    kind = data.name.lower().split("/")[0] + "/" if "/" in data.name else data.name
-    timm_kinds = tuple(TIMM_PREFIXES)
-    supported = {
-        "root": (*(name for name in SETS if name != "digits"), *timm_kinds),
-        "on_bad_image": ("folder", "torch/", "hfds/"),
-        "test_share": ("folder",),
-        "label_share": SETS,
-        "repeats": (*SETS, "torch/", "hfds/"),
-        "download": ("cifar10", "cifar100", "torch/", "hfids/", "tfds/"),
-        "train_split": timm_kinds,
-        "test_split": timm_kinds,
-        "num_samples": ("hfids/", "tfds/", "wds/"),
-        "crop_pct": ("folder", *timm_kinds),
-    }
-    for option, kinds in supported.items():
+    for option in ignored_options(data.name):
         value = getattr(data, option)
-        if value != getattr(DataConfig(), option) and kind not in kinds and kind in (*SETS, *timm_kinds):
-            raise UserError(f"data.{option} {value!r} would be ignored by {data.name}; it is for {', '.join(kinds)}")
+        if value != getattr(DataConfig(), option):
+            kinds = ", ".join(_USERS[option])
+            raise UserError(f"data.{option} {value!r} would be ignored by {data.name}; it is for {kinds}")
 
 
 def _build_arrays(data: DataConfig, augment: AugmentConfig, root: Path) -> ImageData:

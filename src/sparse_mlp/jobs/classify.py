@@ -26,6 +26,7 @@ from sparse_mlp.data import (
     steps_per_epoch,
     train_loader,
 )
+from sparse_mlp.data.sets import ignored_options
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.images import (
@@ -47,21 +48,7 @@ from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
 
 _log = logging.getLogger(__name__)
 
-# Options that only apply to the set that they were given for.
-_SET_OPTIONS = (
-    "root",
-    "on_bad_image",
-    "test_share",
-    "label_share",
-    "label_seed",
-    "repeats",
-    "download",
-    "train_split",
-    "test_split",
-    "num_classes",
-    "num_samples",
-    "crop_pct",
-)
+_OF_TRAINING = ("label_share", "label_seed", "repeats")  # options that say nothing of an evaluation
 _BATCH_SIZE = 64  # of predictions
 
 
@@ -240,11 +227,10 @@ def predict_pictures(
 
 def _other_images(images: DataConfig, trained: DataConfig, spec: InputSpec) -> DataConfig:
     """Another set in the input format of the model, without the options that were given for the run's own set."""
-    default, changed = DataConfig(), {}
-    names = _SET_OPTIONS if images.name != trained.name else ("test_share",)
-    for name in names:
-        if getattr(images, name) == getattr(trained, name):
-            changed[name] = getattr(default, name)
+    default, dropped = DataConfig(), ["test_share", *_OF_TRAINING]
+    if images.name != trained.name:
+        dropped += ["num_classes", *ignored_options(images.name)]
+    changed = {n: getattr(default, n) for n in dropped if getattr(images, n) == getattr(trained, n)}
     images = replace(images, **changed)
     if images.name == "folder" and images.test_share is None and not (Path(images.root or "") / "train").is_dir():
         images = replace(images, test_share=1.0)  # not trained on: evaluate on all of it

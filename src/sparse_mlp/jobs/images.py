@@ -29,6 +29,7 @@ from sparse_mlp.engine import Evaluation, RunFolder
 from sparse_mlp.engine.run import read_json
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.job import INPUTS, Context, Job, check_export_target
+from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.model import build_model, check_model_arguments, load_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe, from_json
 from sparse_mlp.report import Samples, read_run, wanted_images
@@ -199,9 +200,11 @@ def load_data_config(run: RunFolder) -> DataConfig:
 def _section(kind: type[Any], run: RunFolder, name: str) -> Any:
     config = run.config()
     try:
+        if not issubclass(job_type(str(config.get("kind"))), ImageJob):
+            raise KeyError(name)
         return from_json(kind, config[name], name)
     except KeyError:
-        raise UserError(f"{run.config_path} has no {name}: it is not a run on images") from None
+        raise UserError(f"{run.config_path} has no {name} of a run on images") from None
     except UserError as error:
         raise UserError(f"{run.config_path}: {error}") from error
 

@@ -34,7 +34,7 @@ def summarize(run: Run) -> Summary:
     scores = {name: f"{results[name]:.2%}" for name in run.job.scores if name in results}
     loads = [routing.final_load() for routing in measured.routing.values()]
     macs = parameters = None
-    if issubclass(run.job, ImageJob):
+    if issubclass(run.job, ImageJob) and run.folder.has_checkpoint():  # a kNN has none
         spec = load_inputs(run.folder)
         model = build_model(replace(load_model_config(run.folder), pretrained=False, weights=None), spec)
         macs, parameters = count_macs(model, spec.channels, spec.image_size)[""], count_parameters(model)
