@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -65,7 +66,11 @@ def _first_message(box: str) -> str:
     # Inside a frame of lines, or indented by two where the terminal has no such characters.
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith(("│ ", "  "))]
     rule = next((i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}), len(lines))
-    return " ".join(line for line in lines[:rule] if line)
+    message = " ".join(line for line in lines[:rule] if line)
+    wrong = re.match(r"Error parsing (--\S+): no type matching (.+?) could be instantiated from \[(.*?)\]\.", message)
+    if wrong is not None:
+        return f"{wrong[1]} {wrong[3]} is not {wrong[2]}"
+    return re.sub(r"^Error parsing \w+: ", "", message)  # of an error of ours, which names its option itself
 
 
 def _unknown(word: str, known: Any, prog: str) -> str:
