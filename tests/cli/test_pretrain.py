@@ -175,7 +175,7 @@ def test_recipes_are_listed(run: Run):
 
 @pytest.mark.slow  # a minute of training: whether features get better is seen in no less
 def test_loss_falls_and_knn_rises_on_real_images(run: Run, tmp_path: Path):
-    options = ["--train.epochs", "60", "--train.eval-every", "60", "--train.threads", "1"]
+    options = ["--train.epochs", "60", "--train.eval-every", "20", "--train.threads", "1"]
     args = ["--model.args", "num_blocks=2", "embed_dim=32", "sparse_blocks=1"]
     folder = tmp_path / "run"
     code, _, err = run("train", "digits_moco_sparse", *options, *args, "--out", folder)
