@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for block in blocks(page, "python"):
         if "pretrained=True)  # fetches" in block or "safetensors.torch" in block:
             continue  # need a network, or a run of minutes
-        exec(block.replace("sparse_mlp_b16_224", "sparse_mlp_s4_32"), namespace)
+        exec(textwrap.dedent(block).replace("sparse_mlp_b16_224", "sparse_mlp_s4_32"), namespace)
 
 
 @pytest.mark.slow  # trains, probes and reports: about a minute
