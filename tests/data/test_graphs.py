@@ -417,4 +417,4 @@ def test_the_papers_graphs(data_root, name, counts):
 def test_a_file_of_text_is_no_graph(tmp_path):
     (tmp_path / "notes.pt").write_text("import os\n")
     with pytest.raises(ValueError, match=r"notes\.pt: refused: it is no file of torch's$"):
-        load_graph(tmp_path / "notes.pt")
+        load_graph(str(tmp_path / "notes.pt"))
