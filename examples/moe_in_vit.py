@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from sparse_mlp.moe import MoeMlp, set_balance_scale, telemetry
 
-EPOCHS, BATCH, ACCUMULATE = 12, 64, 2
+EPOCHS, BATCH, ACCUMULATE = 8, 64, 2
 
 torch.manual_seed(0)
 digits = load_digits()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 @pytest.mark.slow  # a process each, two of them train: about a minute
 @pytest.mark.parametrize("program", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(program: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    # One thread, as in all tests: the suite runs in as many processes as there are cores.
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(program)]
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
