@@ -16,6 +16,7 @@ _KINDS: dict[str, str | type[Job]] = {
     "knn": "sparse_mlp.jobs.knn:KnnJob",
     "pretrain": "sparse_mlp.jobs.pretrain:PretrainJob",
     "nodes": "sparse_mlp.jobs.nodes:NodesJob",
+    "segment": "sparse_mlp.jobs.segment:SegmentJob",
 }
 
 

@@ -29,6 +29,7 @@ from sparse_mlp.recipes import (
     moco,
     own_images,
     pretrained,
+    segmentation,
 )
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -60,6 +61,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         graphs.cs,
         graphs.physics,
         graphs.graph,
+        segmentation.camvid,
         imagenet.imagenet_sparse_s,
         imagenet.imagenet_sparse_b,
         imagenet.imagenet_sparse_l,
@@ -83,6 +85,13 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         moco.imagenet_moco_mixer_s,
         moco.imagenet_moco_mixer_b,
         moco.imagenet_moco_mixer_l,
+        segmentation.ade20k_as_mlp_tiny_upernet,
+        segmentation.ade20k_as_mlp_small_upernet,
+        segmentation.ade20k_as_mlp_base_upernet,
+        segmentation.ade20k_cycle_mlp_b1_fpn,
+        segmentation.ade20k_cycle_mlp_b2_fpn,
+        segmentation.ade20k_hire_mlp_small_fpn,
+        segmentation.ade20k_hire_mlp_small_upernet,
     )
 }
 
