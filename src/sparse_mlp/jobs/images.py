@@ -26,8 +26,8 @@ from sparse_mlp.data import (
     is_remote,
 )
 from sparse_mlp.engine import Evaluation, RunFolder
-from sparse_mlp.engine.run import read_json
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import read_json
 from sparse_mlp.jobs.job import INPUTS, Context, Job, check_export_target
 from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.model import build_model, check_model_arguments, load_weights

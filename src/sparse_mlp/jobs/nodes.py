@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
-from sparse_mlp.engine.run import read_json, write_npz
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import read_json, write_npz
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, PredictOptions, Row, check_export_target
 from sparse_mlp.jobs.model import load_weights
 from sparse_mlp.jobs.recipe import Recipe

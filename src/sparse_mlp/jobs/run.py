@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import LENGTHS, Evaluation, RunFolder, check_longer
-from sparse_mlp.engine.run import write_json, write_npz, writing_into
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import write_json, write_npz, writing_into
 from sparse_mlp.jobs.job import Context, Job, Row
 from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.recipe import Recipe, change_fields, differences, override, to_json
