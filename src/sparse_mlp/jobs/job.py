@@ -161,6 +161,11 @@ class Job(ABC, Generic[R]):
         return write_plain_report(run.path)
 
     @classmethod
+    def cost(cls, run: RunFolder) -> tuple[int | None, int | None]:
+        """Parameters of the run's model, and its multiply-adds for one item; None where that is not known."""
+        return None, None
+
+    @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:
         """Write the run's model for use without this package's commands; returns how it is loaded."""
         raise UserError(f"a run of the kind {cls.recipe_type.kind} has nothing to export")

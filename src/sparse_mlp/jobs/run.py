@@ -198,7 +198,11 @@ def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
 
 
 def check_resume(folder: Path, stored: Recipe, requested: Recipe) -> None:
-    """UserError if a run would go on with other settings than it began with, or longer than its schedule allows."""
+    """UserError if a run would go on with other settings than it began with, or longer than its schedule allows.
+
+    Of all fields of a recipe, before anything is built; `engine.resume` compares what the checkpoint was saved with,
+    also for a Trainer without a recipe and for a config.json that was edited since.
+    """
     free = job_type(stored.kind).free | {f"train.{name}" for name in LENGTHS}
     changed = {name: values for name, values in differences(stored, requested).items() if name not in free}
     if changed:

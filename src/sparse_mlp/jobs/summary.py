@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from sparse_mlp.jobs.images import ImageJob, load_inputs, load_model_config
-from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.run import Run
 from sparse_mlp.report import read_run
-from sparse_mlp.report.cost import count_macs, count_parameters
+from sparse_mlp.report.compare_table import numbers
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Summary:
     steps: int | None
     parameters: int | None
     macs: int | None
-    """Multiply-adds for one image."""
+    """Multiply-adds for one item."""
 
     items_per_s: float | None
     busiest: float | None
@@ -30,19 +28,14 @@ class Summary:
 
 def summarize(run: Run) -> Summary:
     """FileNotFoundError if the run has not finished."""
-    results, measured = run.metrics, read_run(run.path)
-    scores = {name: f"{results[name]:.2%}" for name in run.job.scores if name in results}
-    loads = [routing.final_load() for routing in measured.routing.values()]
-    macs = parameters = None
-    if issubclass(run.job, ImageJob) and run.folder.has_checkpoint():  # a kNN has none
-        spec = load_inputs(run.folder)
-        model = build_model(replace(load_model_config(run.folder), pretrained=False, weights=None), spec)
-        macs, parameters = count_macs(model, spec.channels, spec.image_size)[""], count_parameters(model)
+    results, job = run.metrics, run.job
+    parameters, macs = job.cost(run.folder)
+    measured = numbers(read_run(run.path), macs)
     return Summary(
-        scores=scores,
-        steps=measured.last_step,
-        parameters=parameters,
+        scores={name: f"{results[name]:.2%}" for name in job.scores if name in results},
+        steps=measured.steps,
+        parameters=measured.parameters if parameters is None else parameters,
         macs=macs,
         items_per_s=measured.items_per_s,
-        busiest=max((float(load.max()) * len(load) for load in loads), default=None),
+        busiest=measured.busiest_expert,
     )
