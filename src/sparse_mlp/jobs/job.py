@@ -41,7 +41,13 @@ class Context:
     names are not trusted."""
 
     datasets: tuple[Dataset, Dataset] | None = None
-    """Training and test set of a user's own, in place of the set that the recipe names."""
+    """Training and test set of a user's own, in place of the set that the recipe names. UserError unless there are two.
+    """
+
+    def __post_init__(self) -> None:
+        given: Any = self.datasets
+        if given is not None and (not isinstance(given, tuple | list) or len(given) != 2):
+            raise UserError(f"datasets are a training and a test set, (train, test), not {type(given).__name__}")
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         raise UserError(f"train takes a recipe, not {recipe!r}: sparse_mlp.recipe(NAME, ...) gives one")
-    context = Context(trusted=True, datasets=_pair(datasets))
+    context = Context(trusted=True, datasets=datasets)
     return _start(recipe, context, Path(out) if out is not None else None, resume=False, show=show)
 
 
@@ -135,7 +135,7 @@ def resume(
         raise UserError(f"changes are a dictionary of fields or a recipe, not {changes!r}")
     requested = changes if isinstance(changes, Recipe) else override(stored, changes or {})
     check_resume(run.path, stored, requested)
-    context = Context(run.folder, trusted=trusted, datasets=_pair(datasets))
+    context = Context(run.folder, trusted=trusted, datasets=datasets)
     return _start(requested, context, run.path, resume=True, show=show)
 
 
@@ -144,15 +144,6 @@ def check(recipe: Recipe, out: Path) -> None:
     kind = job_type(recipe.kind)
     with distributed.join(kind.device_of(recipe)) as device:
         kind(recipe, Context(trusted=True)).prepare(RunFolder(choose_folder(recipe.name, out, resume=False)), device)
-
-
-def _pair(datasets: Any) -> tuple[Dataset, Dataset] | None:
-    """UserError for anything but a training and a test set."""
-    if datasets is None:
-        return None
-    if not isinstance(datasets, tuple | list) or len(datasets) != 2:
-        raise UserError(f"datasets are a training and a test set, (train, test), not {type(datasets).__name__}")
-    return datasets[0], datasets[1]
 
 
 def _start(recipe: Recipe, context: Context, out: Path | None, *, resume: bool, show: bool) -> Run:
