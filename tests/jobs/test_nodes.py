@@ -13,8 +13,8 @@ import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file
 
+from experiments.graphs.random_graphs import planted_graph
 from sparse_mlp.cli.main import main
-from sparse_mlp.data.edges import planted_graph
 from sparse_mlp.data.graph_config import GraphConfig
 from sparse_mlp.data.graph_files import NAMES, load_graph
 from sparse_mlp.engine import TrainConfig, TrainingStopped
