@@ -26,8 +26,8 @@ from sparse_mlp.data import (
     is_remote,
 )
 from sparse_mlp.engine import Evaluation, RunFolder
-from sparse_mlp.engine.run import read_json
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import read_json
 from sparse_mlp.jobs.job import INPUTS, Context, Job, check_export_target
 from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.model import build_model, check_model_arguments, load_weights
@@ -107,7 +107,8 @@ class ImageJob(Job[R]):
 
     @classmethod
     def cost(cls, run: RunFolder) -> tuple[int | None, int | None]:
-        if not run.has_checkpoint():  # a kNN has none
+        """Of the model with its classifier, for one image; (None, None) for a run without weights of its own."""
+        if not run.has_checkpoint():
             return None, None
         spec = load_inputs(run)
         model = build_model(replace(load_model_config(run), pretrained=False, weights=None), spec)
