@@ -1,7 +1,22 @@
 """Load weights in any published layout, and convert them to the layouts of our models."""
 
 from sparse_mlp.weights.convert import convert, convert_file
-from sparse_mlp.weights.fit import CheckpointMismatch, check_fit
+from sparse_mlp.weights.fit import CheckpointMismatch, add_batch_counters, check_fit, shapes
 from sparse_mlp.weights.load import load
+from sparse_mlp.weights.openmmlab import head_from_mmseg
+from sparse_mlp.weights.read import adapt, read_file
+from sparse_mlp.weights.write import write_file
 
-__all__ = ["CheckpointMismatch", "check_fit", "convert", "convert_file", "load"]
+__all__ = [
+    "CheckpointMismatch",
+    "adapt",
+    "add_batch_counters",
+    "check_fit",
+    "convert",
+    "convert_file",
+    "head_from_mmseg",
+    "load",
+    "read_file",
+    "shapes",
+    "write_file",
+]
