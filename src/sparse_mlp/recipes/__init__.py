@@ -31,6 +31,7 @@ from sparse_mlp.recipes import (
     imagenet,
     moco,
     own_images,
+    own_masks,
     pretrained,
     segmentation,
 )
@@ -65,6 +66,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         graphs.physics,
         graphs.graph,
         segmentation.camvid,
+        own_masks.segment,
         imagenet.imagenet_sparse_s,
         imagenet.imagenet_sparse_b,
         imagenet.imagenet_sparse_l,
