@@ -128,6 +128,20 @@ def convert_image(image: Image.Image, channels: int) -> Image.Image:
     return image
 
 
+def read_orientation(file: IO[bytes]) -> int:
+    """EXIF orientation, 1 to 8, of an open image file: how `decode_image` turns it; 1 where it has none."""
+    position = file.tell()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=image_formats()) as image:
+                found = _orientation(image)
+    except Exception:  # a damaged file: `decode_image` names it
+        found = None
+    file.seek(position)
+    return found if found in _UPRIGHT else 1
+
+
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
