@@ -38,7 +38,18 @@ GOOD = (OptimConfig(), ScheduleConfig(), TrainConfig(epochs=1))
         (OptimConfig(lr=0.0), "optim.lr 0.0 is not positive"),
         (OptimConfig(weight_decay=-1.0), "optim.weight_decay -1.0 is below 0"),
         (OptimConfig(layer_decay=1.5), r"optim.layer_decay 1.5 is not in \(0, 1\]"),
-        (ScheduleConfig(sched="cosin"), "unknown schedule 'cosin'; allowed are cosine, linear, constant"),
+        (ScheduleConfig(sched="cosin"), "unknown schedule 'cosin'; allowed are cosine, linear, poly, multistep"),
+        (ScheduleConfig(power=0.9), "schedule.power 0.9 would be ignored: the schedule is cosine"),
+        (ScheduleConfig(milestones=(0.5,)), r"schedule.milestones \(0.5,\) would be ignored: the schedule is cosine"),
+        (ScheduleConfig("multistep"), "schedule.milestones are missing: the schedule is multistep"),
+        (
+            ScheduleConfig("multistep", milestones=(0.9, 0.5)),
+            r"schedule.milestones \(0.9, 0.5\) are not rising shares between 0 and 1",
+        ),
+        (
+            ScheduleConfig("multistep", milestones=(8.0, 11.0)),
+            r"schedule.milestones \(8.0, 11.0\) are not rising shares between 0 and 1",
+        ),
         (
             ScheduleConfig(warmup_steps=1, warmup_epochs=1),
             "schedule.warmup_steps 1 and schedule.warmup_epochs 1 exclude",

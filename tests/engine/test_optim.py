@@ -37,6 +37,14 @@ def test_linear_constant_and_warmup_in_epochs():
     assert got == pytest.approx([0.001, 0.25075, 0.5005, 0.75025] + [1.0] * 36)
 
 
+def test_poly_and_multistep():
+    got = rates(ScheduleConfig("poly", power=0.9), 4)
+    assert got == pytest.approx([(1 - n / 4) ** 0.9 for n in range(4)])
+    # Detection's 1x: 12 epochs, a tenth from epochs 8 and 11 on; the warm-up is part of the first epochs.
+    got = rates(ScheduleConfig("multistep", milestones=(8 / 12, 11 / 12), warmup_steps=2, warmup_lr=0.5), 12)
+    assert got == pytest.approx([0.5, 0.75, *[1.0] * 6, *[0.1] * 3, 0.01])
+
+
 def test_the_rate_depends_on_the_step_alone():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = create_schedule(optimizer, ScheduleConfig(), 20, 3)

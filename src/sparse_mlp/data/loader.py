@@ -5,29 +5,71 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sparse_mlp.data.config import DataConfig
-from sparse_mlp.data.images import Batch, ImageSet
 from sparse_mlp.data.mix import BatchMixer
 from sparse_mlp.data.randomness import epoch_order, preserved_generators, seed_generators, step_seed
 from sparse_mlp.data.sets import ImageData
 from sparse_mlp.errors import UserError
 
+Batch = dict[str, Any]
+"""`image`, `target` and `index`: tensors or lists with one entry an image."""
 
-def steps_per_epoch(data: ImageData, config: DataConfig) -> int:
+
+class IndexedSet(Protocol):
+    """Images with their targets, by index."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int] | np.ndarray, epoch: tuple[int, int] | None = None) -> Batch:
+        """The images at `indices`: augmented as (seed, epoch) says, or as they are evaluated where it is None."""
+        ...
+
+
+class Sets(Protocol):
+    """What is trained and tested on: images of classes, or of one of the dense tasks."""
+
+    @property
+    def train(self) -> Any:
+        """An IndexedSet, or one of timm's streams."""
+
+    @property
+    def test(self) -> Any:
+        """An IndexedSet, or one of timm's streams."""
+
+    @property
+    def mixer(self) -> BatchMixer | None:
+        """Mixes every training batch."""
+
+
+class Loading(Protocol):
+    """How images are loaded: the fields of a data configuration that are read here."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def eval_batch_size(self) -> int: ...
+    @property
+    def repeats(self) -> int: ...
+    @property
+    def workers(self) -> int: ...
+
+
+def steps_per_epoch(data: Sets, config: Loading) -> int:
     """Whole batches in the training set, independent of `config.repeats`. The other images are not used in that epoch.
 
     Raises UserError where the set is smaller than a batch or its length is unknown.
     """
-    images = len(data.train)  # type: ignore[arg-type]
+    images = len(data.train)
     if images == 0:
         raise UserError(f"{config.name} does not tell how many images it has; give --data.num-samples")
     if images < config.batch_size:
@@ -36,8 +78,8 @@ def steps_per_epoch(data: ImageData, config: DataConfig) -> int:
 
 
 def train_loader(
-    data: ImageData,
-    config: DataConfig,
+    data: Sets,
+    config: Loading,
     seed: int,
     *,
     start_step: int = 0,
@@ -63,6 +105,7 @@ def train_loader(
     per_epoch = steps_per_epoch(data, config)
     stop = start_step + steps
     if isinstance(data.train, IterableDataset):
+        assert isinstance(data, ImageData)
         if config.repeats > 1:
             raise UserError(f"data.repeats {config.repeats} would be ignored: {config.name} is a stream")
         return _StreamSteps(data, config, local, seed, range(start_step, stop), per_epoch)
@@ -70,9 +113,10 @@ def train_loader(
     return Batches(batches, range(start_step, stop), config.workers)
 
 
-def eval_loader(data: ImageData, config: DataConfig, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
+def eval_loader(data: Sets, config: Loading, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
     """The test images, every one on exactly one rank, in order; the last batch may be smaller."""
     if isinstance(data.test, IterableDataset):
+        assert isinstance(data, ImageData)
         _set_num_workers(data.test, config.workers)
         return _StreamEval(data, config)
     own = np.arange(rank, len(data.test), world_size)
@@ -116,10 +160,10 @@ class _TrainSteps(Dataset):
 
     def __init__(
         self,
-        images: ImageSet,
+        images: IndexedSet,
         mixer: BatchMixer | None,
         seed: int,
-        config: DataConfig,
+        config: Loading,
         per_epoch: int,
         rank: int,
         world_size: int,
@@ -150,7 +194,7 @@ def _concatenate(parts: list[Batch]) -> Batch:
 class _EvalSteps(Dataset):
     """Item i is the i-th of the given index lists as a batch."""
 
-    def __init__(self, images: ImageSet, parts: list[np.ndarray]) -> None:
+    def __init__(self, images: IndexedSet, parts: list[np.ndarray]) -> None:
         self.images, self.parts = images, parts
 
     def __getitem__(self, i: int) -> Batch | Exception:
@@ -163,9 +207,7 @@ class _EvalSteps(Dataset):
 class _StreamSteps:
     """Training batches of a stream: epoch by epoch, `per_epoch` batches of each at most."""
 
-    def __init__(
-        self, data: ImageData, config: DataConfig, local: int, seed: int, steps: range, per_epoch: int
-    ) -> None:
+    def __init__(self, data: ImageData, config: Loading, local: int, seed: int, steps: range, per_epoch: int) -> None:
         self.dataset: Any = data.train
         self.mixer, self.classes, self.config, self.local = data.mixer, len(data.classes), config, local
         self.seed, self.steps, self.per_epoch = seed, steps, per_epoch
@@ -205,7 +247,7 @@ class _StreamSteps:
 class _StreamEval:
     """Evaluation batches of a stream, which shards itself over the ranks."""
 
-    def __init__(self, data: ImageData, config: DataConfig) -> None:
+    def __init__(self, data: ImageData, config: Loading) -> None:
         self.loader = _stream_loader(data.test, config.eval_batch_size, config.workers, 0, drop_last=False)
         self.name, self.classes = config.name, len(data.classes)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import timm.optim
 import torch
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
 from sparse_mlp.engine.config import OptimConfig, ScheduleConfig
@@ -47,6 +47,10 @@ def create_schedule(
     decay: dict[str, Any] = {"t_initial": length - warmup, "lr_min": config.min_lr, "warmup_prefix": True}
     if config.sched == "cosine":
         return CosineLRScheduler(optimizer, **decay, **options)
-    if config.sched == "linear":
-        return PolyLRScheduler(optimizer, power=1.0, **decay, **options)
+    if config.sched in ("linear", "poly"):
+        return PolyLRScheduler(optimizer, power=config.power, **decay, **options)
+    if config.sched == "multistep":
+        # timm's milestone m applies from position m - 1 on.
+        decay_t: Any = [share * length + 1 for share in config.milestones]
+        return MultiStepLRScheduler(optimizer, decay_t, decay_rate=0.1, warmup_prefix=False, **options)
     return StepLRScheduler(optimizer, decay_t=length + 1, decay_rate=1.0, **options)

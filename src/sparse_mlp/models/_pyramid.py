@@ -101,11 +101,19 @@ class Pyramid(nn.Module):
         ]
         self.stem = stem
         self.stages = nn.ModuleList(stages)
-        self.output_norms = nn.ModuleList(norm_layer(dim) for dim in dims) if output_norms else None
+        self._norm_layer = norm_layer
+        self.output_norms: nn.ModuleList | None = None
+        if output_norms:
+            self.add_output_norms()
         self.norm = norm_layer(dims[-1])
         self.head_drop = nn.Dropout(drop_rate)
         self._set_pool(global_pool)
         self.head = nn.Linear(dims[-1], num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
+
+    def add_output_norms(self) -> None:
+        """Give each stage's output, as the intermediates have it, a norm of its own; new where there was none."""
+        if self.output_norms is None:
+            self.output_norms = nn.ModuleList(self._norm_layer(int(info["num_chs"])) for info in self.feature_info)
 
     @torch.jit.ignore
     def init_weights(self) -> None:

@@ -1,0 +1,126 @@
+"""What the kinds of run for dense prediction share: a timm model's feature maps, and what a run keeps of its data."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from sparse_mlp.data import InputSpec
+from sparse_mlp.engine import Evaluation, RunFolder
+from sparse_mlp.engine.run import read_json
+from sparse_mlp.errors import UserError
+from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, check_export_target, evaluation_batches
+from sparse_mlp.jobs.model import build_model, load_weights
+from sparse_mlp.jobs.recipe import ModelConfig, Recipe
+from sparse_mlp.models.feature_maps import FeatureMaps
+from sparse_mlp.report.cost import count_parameters
+from sparse_mlp.weights.write import write_file
+
+R = TypeVar("R", bound=Recipe)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DenseJob(Job[R]):
+    """A run whose model answers at every place of an image: detection, segmentation.
+
+    The recipe has `model: ModelConfig`, the backbone, and `data` with `root` and `image_size`. A subclass sets `task`,
+    `loaders` and `classes`, and builds its whole model, backbone included, in `build`.
+    """
+
+    free: ClassVar[frozenset[str]] = Job.free | {"data.root", "data.workers", "data.eval_batch_size"}
+
+    classes: tuple[str, ...]
+
+    @classmethod
+    @abstractmethod
+    def build(cls, recipe: R, classes: tuple[str, ...], config: ModelConfig | None = None) -> nn.Module:
+        """The whole model for these classes, its backbone by `config` (left out: the recipe's)."""
+
+    def model_config(self) -> ModelConfig:
+        """The backbone to build. A run with a checkpoint does not load the weights that it started from again.
+
+        UserError for published weights that would be fetched because a run folder names them.
+        """
+        config: ModelConfig = self.recipe.model  # type: ignore[attr-defined]
+        run = self.context.run
+        if run is not None and run.has_checkpoint():
+            return without_weights(config)
+        if run is not None and not self.context.trusted and config.pretrained:
+            raise UserError(
+                f"{run.path} names the published weights of {config.name!r}, to be fetched: --trust-data allows it"
+            )
+        return config
+
+    def inputs(self) -> dict[str, Any]:
+        return {INPUTS: {"classes": list(self.classes)}}
+
+    @classmethod
+    def load(cls, run: RunFolder, checkpoint: Path | None = None) -> nn.Module:
+        """The whole model of a run in evaluation mode, with its newest weights or those of `checkpoint`."""
+        recipe = cls.stored(run)
+        config: ModelConfig = recipe.model  # type: ignore[attr-defined]
+        model = cls.build(recipe, load_classes(run), without_weights(config))
+        load_weights(model, checkpoint or run.path)
+        return model.eval()
+
+    @classmethod
+    def evaluated(cls, recipe: R, options: EvalOptions) -> R:
+        """The recipe of a run with the options of an evaluation in it."""
+        return recipe
+
+    @classmethod
+    def evaluate(cls, run: RunFolder, options: EvalOptions, device: torch.device) -> Evaluation:
+        job = cls(cls.evaluated(cls.stored(run), options), Context(run, trusted=options.trust_data))
+        load_weights(job.task.backbone(), options.checkpoint or run.path)
+        return job.task.to(device).evaluate(evaluation_batches(job.loaders), device)
+
+    @classmethod
+    def export(cls, run: RunFolder, target: Path) -> str:
+        """The whole model as a safetensors file; returns the lines of code that load it."""
+        check_export_target(target)
+        model, recipe = cls.load(run), cls.stored(run)
+        metadata = {"format": "pt", "kind": recipe.kind, "classes": json.dumps(load_classes(run))}
+        write_file(model.state_dict(), target, metadata)
+        return "\n".join(
+            [
+                f"# {len(model.state_dict())} tensors, {count_parameters(model):,} parameters",
+                "from sparse_mlp.jobs import Run",
+                f"model = Run({str(run.path)!r}).load()  # a torch.nn.Module; or, with the exported weights:",
+                f"model.load_state_dict(safetensors.torch.load_file({str(target)!r}))",
+            ]
+        )
+
+
+def without_weights(config: ModelConfig) -> ModelConfig:
+    """A model's configuration without the weights that it started from."""
+    return replace(config, pretrained=False, weights=None)
+
+
+def load_classes(run: RunFolder) -> tuple[str, ...]:
+    """The class names of a run. UserError or OSError naming the file."""
+    path = run.path / INPUTS
+    classes = read_json(path).get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path}: classes should be a list of names")
+    return tuple(classes)
+
+
+def build_feature_maps(config: ModelConfig, *, image_size: int, channels: int = 3) -> FeatureMaps:
+    """The maps of a timm model, with the weights that its configuration names.
+
+    `image_size` is the side of the training images, which models of a fixed size are built for. UserError, one line,
+    for all that `build_model` refuses and for a model that gives no pyramid.
+    """
+    spec = InputSpec(("",), channels, image_size, IMAGENET_MEAN, IMAGENET_STD, 1.0)
+    model = build_model(config, spec)
+    try:
+        return FeatureMaps(model)
+    except ValueError as error:
+        raise UserError(f"model {config.name}: {error}") from error
