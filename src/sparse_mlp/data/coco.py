@@ -170,11 +170,10 @@ class CocoData:
         return list(dict.fromkeys(found))
 
 
-def open_coco(config: CocoConfig, *, masks: bool, largest: int | None = None) -> CocoData:
+def open_coco(config: CocoConfig, *, masks: bool) -> CocoData:
     """Open the set that the configuration names; with `masks` every object needs one.
 
-    `largest` bounds the longer side further, for a model that takes one size only. UserError or FileNotFoundError, one
-    line, for what does not exist or fit.
+    UserError or FileNotFoundError, one line, for what does not exist or fit.
     """
     check_coco_config(config)
     root = Path(config.root) if config.root else Path(os.environ.get("SPARSE_MLP_DATA") or "data") / config.name
@@ -182,7 +181,9 @@ def open_coco(config: CocoConfig, *, masks: bool, largest: int | None = None) ->
         raise FileNotFoundError(f"data.root {root} is no folder with images and annotations in COCO's format")
     train, train_source = _open_split(config, root, "train", masks)
     notes = train.notes
-    usable = train.images if config.keep_empty else [i for i in train.images if trainable(train.objects.get(i["id"], []))]
+    usable = (
+        train.images if config.keep_empty else [i for i in train.images if trainable(train.objects.get(i["id"], []))]
+    )
     usable = usable[: config.limit]
     if not usable:
         raise UserError(f"{train.path} has no image with an object to train on")
@@ -196,8 +197,8 @@ def open_coco(config: CocoConfig, *, masks: bool, largest: int | None = None) ->
     if not truth.images:
         raise UserError(f"{truth.path} has no images to evaluate on")
     return CocoData(
-        CocoImages(train, train_source, config, train=True, masks=masks, largest=largest),
-        CocoImages(truth, test_source, config, train=False, masks=False, largest=largest),
+        CocoImages(train, train_source, config, train=True, masks=masks),
+        CocoImages(truth, test_source, config, train=False, masks=False),
         truth,
         notes,
     )
@@ -300,18 +301,10 @@ class CocoImages:
     """
 
     def __init__(
-        self,
-        annotations: Annotations,
-        source: Source,
-        config: CocoConfig,
-        *,
-        train: bool,
-        masks: bool,
-        largest: int | None = None,
+        self, annotations: Annotations, source: Source, config: CocoConfig, *, train: bool, masks: bool
     ) -> None:
         self.annotations, self.source, self.config = annotations, source, config
         self.train, self.masks = train, masks
-        self.longest = min(config.max_side, largest or config.max_side)
         self.labels = annotations.labels()
         # In shared memory, so that worker processes report here which images they could not read.
         self._bad = torch.zeros(max(1, len(self)), dtype=torch.bool).share_memory_()
@@ -363,7 +356,7 @@ class CocoImages:
             "orientation": orientation,
         }
         if seeds is None:
-            size = fitted_size(scene.image.size, self.config.test_short_side, self.longest)
+            size = fitted_size(scene.image.size, self.config.test_short_side, self.config.max_side)
             return to_tensor(resize(scene, size).image), target, index
         scene = self._augment(scene, np.random.default_rng(int(seeds[index])))
         target |= {"boxes": scene.boxes, "labels": scene.labels}
@@ -402,7 +395,7 @@ class CocoImages:
         short = int(draw.choice(config.short_sides))
         if draw.random() < config.flip:
             scene = flip(scene)
-        return clip_boxes(resize(scene, fitted_size(scene.image.size, short, self.longest)))
+        return clip_boxes(resize(scene, fitted_size(scene.image.size, short, config.max_side)))
 
 
 def load_image(file: io.BytesIO, record: Record, name: str) -> tuple[Image.Image, int]:

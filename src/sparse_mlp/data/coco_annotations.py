@@ -67,9 +67,7 @@ class Annotations:
             "info": {},
             "images": [image for image in self.images if image["id"] in kept],
             "annotations": [{**record, "id": number} for number, record in enumerate(objects, 1)],
-            "categories": [
-                {"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)
-            ],
+            "categories": [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)],
         }
         with quiet():
             truth.createIndex()
@@ -83,7 +81,9 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def read_annotations(path: Path, *, on_bad_record: Literal["error", "skip"] = "error", masks: bool = True) -> Annotations:
+def read_annotations(
+    path: Path, *, on_bad_record: Literal["error", "skip"] = "error", masks: bool = True
+) -> Annotations:
     """Read a file of COCO's format. With `masks` every object needs a polygon or a run-length code.
 
     UserError, one line that names the record, for the first bad one; with `skip` they are left out and counted.
@@ -150,7 +150,10 @@ def _image_fault(image: Any, number: int, images: Mapping[int, Record]) -> Reaso
         return "images without an id", f"images[{number}] {_short(image)} has no integer id"
     name = image.get("file_name")
     if not isinstance(name, str) or not name or name.startswith("/") or ".." in PurePosixPath(name).parts:
-        return "images without a file", f"image {image['id']} has the file_name {name!r}, not one below the image folder"
+        return (
+            "images without a file",
+            f"image {image['id']} has the file_name {name!r}, not one below the image folder",
+        )
     if image["id"] in images:
         return "images with the id of another", f"two images have the id {image['id']}"
     if not all(_is_id(image.get(side)) and image[side] > 0 for side in ("width", "height")):
@@ -235,7 +238,9 @@ def decode_mask(segmentation: Any, image: Record) -> np.ndarray:
     try:
         return mask.decode(segmentation)
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise UserError(f"image {image['id']} ({image['file_name']}) has a mask that cannot be decoded: {error}") from error
+        raise UserError(
+            f"image {image['id']} ({image['file_name']}) has a mask that cannot be decoded: {error}"
+        ) from error
 
 
 def _is_id(value: Any) -> bool:

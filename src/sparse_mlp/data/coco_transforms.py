@@ -93,8 +93,10 @@ def resize(scene: Scene, size: tuple[int, int]) -> Scene:
     scale = torch.tensor([size[0] / scene.image.width, size[1] / scene.image.height] * 2, dtype=torch.float32)
     masks = scene.masks
     if masks is not None:
-        masks = F.interpolate(masks[:, None], size=(size[1], size[0]), mode="nearest-exact")[:, 0] if len(masks) else (
-            masks.new_zeros(0, size[1], size[0])
+        masks = (
+            F.interpolate(masks[:, None], size=(size[1], size[0]), mode="nearest-exact")[:, 0]
+            if len(masks)
+            else (masks.new_zeros(0, size[1], size[0]))
         )
     image = scene.image.resize(size, Image.Resampling.BILINEAR)
     return Scene(image, scene.boxes * scale, scene.labels, masks)

@@ -3,8 +3,8 @@
 Mask R-CNN and Faster R-CNN (Ren et al. 2015, He et al. 2017) and RetinaNet (Lin et al. 2017) with the feature pyramid
 network of Lin et al. 2016, in the settings that the papers of these backbones took from mmdetection: 256 channels, five
 levels, for the R-CNNs by a pooling of the coarsest, for RetinaNet from stride 8 with two more convolutions on the
-backbone's last map. What remains torchvision's: the smooth L1 loss of the R-CNNs (mmdetection: L1), two samples a bin in
-RoIAlign, the focal loss divided by the objects of each image rather than of the batch, and the ReLU between the two
+backbone's last map. What remains torchvision's: the smooth L1 loss of the R-CNNs (mmdetection: L1), two samples a bin
+in RoIAlign, the focal loss divided by the objects of each image rather than of the batch, and the ReLU between the two
 additional convolutions.
 """
 
@@ -47,11 +47,13 @@ class Detector(nn.Module):
         std: Sequence[float] = (0.229, 0.224, 0.225),
         fpn_channels: int = 256,
         anchor_size: int = 32,
+        samples: int = 512,
         max_detections: int = 100,
         min_score: float = 0.05,
     ) -> None:
         """`anchor_size`: side in pixels of the smallest anchors, those of the finest level; each level doubles it.
 
+        `samples`: regions of an image that an R-CNN's heads are trained on, a quarter of them objects at most.
         `max_detections` of an image are kept, those with a score of at least `min_score`. ValueError for a name that is
         not one of DETECTORS.
         """
@@ -60,8 +62,11 @@ class Detector(nn.Module):
             raise ValueError(f"unknown detector {name!r}; known: {', '.join(DETECTORS)}")
         self.name, self.num_classes = name, num_classes
         self.offset = 0 if name == "retinanet" else 1  # the R-CNNs' class 0 is the background
-        build = _build_retinanet if name == "retinanet" else _build_rcnn
-        self.net = build(maps, name, num_classes, fpn_channels, anchor_size, max_detections, min_score)
+        if name == "retinanet":
+            self.net = _retinanet(maps, num_classes, fpn_channels, anchor_size, max_detections, min_score)
+        else:
+            kind = MaskRCNN if name == "mask_rcnn" else FasterRCNN
+            self.net = _rcnn(kind, maps, num_classes, fpn_channels, anchor_size, samples, max_detections, min_score)
         self.net.transform = _Batch(mean, std, maps.fixed_size)
 
     @property
@@ -107,11 +112,20 @@ class _Backbone(nn.Module):
     def __init__(self, maps: FeatureMaps, fpn_channels: int, first: int, extra: nn.Module) -> None:
         super().__init__()
         self.maps, self.first, self.out_channels = maps, first, fpn_channels
-        self.fpn = FeaturePyramidNetwork(list(maps.channels[first:]), fpn_channels, extra)  # type: ignore[arg-type]
+        for unused in range(first):
+            _drop(maps, unused)
+        self.fpn = FeaturePyramidNetwork(list(maps.channels[first:]), fpn_channels, extra)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         maps = self.maps(x)[self.first :]
         return self.fpn(OrderedDict((str(level), x) for level, x in enumerate(maps)))
+
+
+def _drop(maps: FeatureMaps, level: int) -> None:
+    """Leave out the weights of a map that is not used: without a gradient, DistributedDataParallel stops at them."""
+    for layers in (maps.scales, getattr(maps.model, "output_norms", None)):
+        if layers is not None:
+            layers[level] = nn.Identity()
 
 
 class _Batch(GeneralizedRCNNTransform):
@@ -145,30 +159,31 @@ class _Batch(GeneralizedRCNNTransform):
         return result
 
 
-def _build_rcnn(
+def _rcnn(
+    kind: type[FasterRCNN],
     maps: FeatureMaps,
-    name: str,
     num_classes: int,
     fpn_channels: int,
     anchor_size: int,
+    samples: int,
     max_detections: int,
     min_score: float,
 ) -> nn.Module:
     backbone = _Backbone(maps, fpn_channels, 0, LastLevelMaxPool())
     sizes = tuple((anchor_size * 2**level,) for level in range(_LEVELS))
-    return (MaskRCNN if name == "mask_rcnn" else FasterRCNN)(
+    return kind(
         backbone,
         num_classes + 1,
         rpn_anchor_generator=AnchorGenerator(sizes, (_RATIOS,) * _LEVELS),
         rpn_post_nms_top_n_train=1000,
+        box_batch_size_per_image=samples,
         box_detections_per_img=max_detections,
         box_score_thresh=min_score,
     )
 
 
-def _build_retinanet(
+def _retinanet(
     maps: FeatureMaps,
-    name: str,
     num_classes: int,
     fpn_channels: int,
     anchor_size: int,
@@ -181,7 +196,7 @@ def _build_retinanet(
     return RetinaNet(
         backbone,
         num_classes,
-        anchor_generator=AnchorGenerator(sizes, (_RATIOS,) * _LEVELS),  # type: ignore[arg-type]
+        anchor_generator=AnchorGenerator(sizes, (_RATIOS,) * _LEVELS),
         detections_per_img=max_detections,
         score_thresh=min_score,
     )

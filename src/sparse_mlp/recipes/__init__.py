@@ -21,6 +21,7 @@ from sparse_mlp.models import registered_names
 from sparse_mlp.recipes import (
     as_mlp,
     cifar,
+    coco,
     cycle_mlp,
     digits,
     graphs,
@@ -83,6 +84,14 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         moco.imagenet_moco_mixer_s,
         moco.imagenet_moco_mixer_b,
         moco.imagenet_moco_mixer_l,
+        coco.coco_small_mask_rcnn,
+        coco.coco_small_retinanet,
+        coco.coco_cycle_mlp_b1_retinanet,
+        coco.coco_as_mlp_tiny_mask_rcnn,
+        coco.coco_as_mlp_tiny_mask_rcnn_3x,
+        coco.coco_as_mlp_small_mask_rcnn,
+        coco.coco_as_mlp_small_mask_rcnn_3x,
+        coco.coco_hire_mlp_tiny_mask_rcnn,
     )
 }
 
