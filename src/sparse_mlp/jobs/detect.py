@@ -34,10 +34,6 @@ from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, PredictOptions, Ro
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.detectors import Detector, DetectorName, paste_masks
 from sparse_mlp.report.boxes import draw_objects
-
-if find_spec("pycocotools") is None:
-    raise UserError("detection needs pycocotools: pip install 'sparse-mlp[detect]'")
-
 from sparse_mlp.tasks.coco_metrics import SHOWN_SCORE
 from sparse_mlp.tasks.detect import Detect, DetectionEvaluation
 
@@ -124,6 +120,8 @@ class DetectJob(DenseJob[DetectRecipe]):
 
     def __init__(self, recipe: DetectRecipe, context: Context | None = None) -> None:
         super().__init__(recipe, context)
+        if find_spec("pycocotools") is None:
+            raise UserError("detection needs pycocotools: pip install 'sparse-mlp[detect]'")
         if self.context.datasets is not None:
             raise UserError("datasets of a program's own are not for detection: give files in COCO's format")
         self.data = data = open_coco(recipe.data, masks=recipe.detector.name == "mask_rcnn")

@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from sparse_mlp.data.coco_annotations import Annotations, quiet
@@ -56,6 +53,8 @@ def coco_rows(
             }
         )
     if "masks" in found:
+        from pycocotools import mask as rle
+
         masks = turn_masks(paste_masks(found["masks"].float().cpu(), boxes, upright), orientation, back=True)
         for row, mask in zip(rows, masks.byte().numpy(), strict=True):
             code = rle.encode(np.asfortranarray(mask))
@@ -78,6 +77,8 @@ def coco_metrics(
 
     Sizes of which there is no object are left out. The curves are by "box" and "mask".
     """
+    from pycocotools.cocoeval import COCOeval
+
     reference = truth.ground_truth(image_ids)
     metrics: dict[str, float] = {}
     curves: dict[str, Curve] = {}
@@ -96,19 +97,19 @@ def coco_metrics(
     return metrics, curves
 
 
-def _nothing(reference: COCO) -> COCO:
+def _nothing(reference: Any) -> Any:
     """Results without a detection, which loadRes does not take."""
-    found = COCO()
+    found = type(reference)()
     found.dataset = {**reference.dataset, "annotations": []}
     found.createIndex()
     return found
 
 
-def _curve(evaluation: COCOeval) -> Curve:
+def _curve(evaluation: Any) -> Curve:
     # (IoU thresholds, recalls, classes, areas, numbers of detections): all areas, the most detections
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     precision = np.where(precision < 0, np.nan, precision)
-    present = np.isfinite(precision).any(axis=(0, 1))
+    present: Any = np.isfinite(precision).any(axis=(0, 1))
     ap = np.full(len(present), np.nan)
     ap[present] = np.nanmean(precision[:, :, present], axis=(0, 1))
     shown = {"0.50": precision[0], "0.75": precision[5], "0.50 to 0.95": precision.mean(axis=0)}
@@ -169,6 +170,8 @@ def _overlap(answers: Sequence[Row], objects: Sequence[Row], *, crowd: bool = Fa
     """Intersection over union (answers, objects) of the boxes; over the answer's area for crowds."""
     if not answers or not objects:
         return np.zeros((len(answers), len(objects)))
+    from pycocotools import mask as rle
+
     first, second = (np.array([row["bbox"] for row in part], dtype=np.float64) for part in (answers, objects))
     return rle.iou(first, second, [int(crowd)] * len(objects))
 
@@ -176,7 +179,7 @@ def _overlap(answers: Sequence[Row], objects: Sequence[Row], *, crowd: bool = Fa
 def _match(overlap: np.ndarray, given: Sequence[int], actual: Sequence[int]) -> dict[int, int]:
     """Answer -> object, the surest answers first."""
     matched: dict[int, int] = {}
-    same = np.equal.outer(np.array(given), np.array(actual))
+    same: Any = np.equal.outer(np.array(given), np.array(actual))
     for allowed in (same, np.logical_not(same)):
         for answer in range(len(overlap)):
             if answer in matched:
