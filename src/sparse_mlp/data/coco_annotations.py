@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -231,16 +232,17 @@ def decode_mask(segmentation: Any, image: Record) -> np.ndarray:
     from pycocotools import mask
 
     height, width = image["height"], image["width"]
-    if isinstance(segmentation, list):
-        return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width)))
-    if isinstance(segmentation["counts"], list):
-        segmentation = mask.frPyObjects(segmentation, height, width)
     try:
-        return mask.decode(segmentation)
+        with warnings.catch_warnings():  # pycocotools gives numpy 2 an array interface of numpy 1
+            warnings.simplefilter("ignore", DeprecationWarning)
+            if isinstance(segmentation, list):
+                return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width)))
+            if isinstance(segmentation["counts"], list):
+                segmentation = mask.frPyObjects(segmentation, height, width)
+            return mask.decode(segmentation)
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise UserError(
-            f"image {image['id']} ({image['file_name']}) has a mask that cannot be decoded: {error}"
-        ) from error
+        name = f"image {image['id']} ({image['file_name']})"
+        raise UserError(f"{name} has a mask that cannot be decoded: {error}") from error
 
 
 def _is_id(value: Any) -> bool:

@@ -155,7 +155,7 @@ def outcomes(truth: Annotations, rows: Sequence[Row], image_ids: Sequence[int]) 
         given = [labels[row["category_id"]] for row in answers]
         actual = [labels[record["category_id"]] for record in objects]
         matched = _match(_overlap(answers, objects), given, actual)
-        in_crowd = (_overlap(answers, crowds, crowd=True) >= _MATCHED).any(axis=1)
+        in_crowd: Any = (_overlap(answers, crowds, crowd=True) >= _MATCHED).any(axis=1)
         pairs = [(actual[m], given[a]) for a, m in matched.items()]
         missed = [label for number, label in enumerate(actual) if number not in matched.values()]
         extra = [given[a] for a in range(len(answers)) if a not in matched and not in_crowd[a]]
@@ -180,7 +180,7 @@ def _match(overlap: np.ndarray, given: Sequence[int], actual: Sequence[int]) -> 
     """Answer -> object, the surest answers first."""
     matched: dict[int, int] = {}
     same: Any = np.equal.outer(np.array(given), np.array(actual))
-    for allowed in (same, np.logical_not(same)):
+    for allowed in (same, ~same):
         for answer in range(len(overlap)):
             if answer in matched:
                 continue
