@@ -136,38 +136,38 @@ class AugmentConfig:
 def check_configs(data: DataConfig, augment: AugmentConfig) -> None:
     """UserError, one line, for values that are out of range for every data set."""
     for name, least in (("image_size", 1), ("batch_size", 1), ("repeats", 1), ("eval_batch_size", 1), ("workers", 0)):
-        _between(f"data.{name}", getattr(data, name), least, math.inf)
+        check_range(f"data.{name}", getattr(data, name), least, math.inf)
     processes = max(64, 8 * (os.cpu_count() or 1))
     if data.workers > processes:  # each is a process with its own memory: thousands take the machine down
         raise UserError(
             f"data.workers {data.workers} is more than the {processes} processes that this machine should start"
         )
     for name in ("num_classes", "num_samples"):
-        _between(f"data.{name}", getattr(data, name), 1, math.inf)
-    _between("data.label_seed", data.label_seed, 0, math.inf)
+        check_range(f"data.{name}", getattr(data, name), 1, math.inf)
+    check_range("data.label_seed", data.label_seed, 0, math.inf)
     if data.label_seed and data.label_share is None:
         raise UserError(f"data.label_seed {data.label_seed} would be ignored: data.label_share is not set")
-    _between("data.crop_pct", data.crop_pct, 0, 1, open_below=True)
+    check_range("data.crop_pct", data.crop_pct, 0, 1, open_below=True)
     for value in data.mean or ():
-        _between("data.mean", value, 0, 1)
+        check_range("data.mean", value, 0, 1)
     for value in data.std or ():
-        _between("data.std", value, 0, math.inf, open_below=True)
+        check_range("data.std", value, 0, math.inf, open_below=True)
     for name, most in (("pad", math.inf), ("rotate", 180), ("flip", 1), ("color_jitter", 1), ("erase", 1)):
-        _between(f"augment.{name}", getattr(augment, name), 0, most)
+        check_range(f"augment.{name}", getattr(augment, name), 0, most)
     for name, most in (("mixup", math.inf), ("cutmix", math.inf), ("mix_probability", 1), ("cutmix_share", 1)):
-        _between(f"augment.{name}", getattr(augment, name), 0, most)
-    _rising("augment.crop_scale", augment.crop_scale, 1)
-    _rising("augment.crop_ratio", augment.crop_ratio, math.inf)
-    _between("augment.crop_scale", augment.crop_scale[0], 0.01, 1)
+        check_range(f"augment.{name}", getattr(augment, name), 0, most)
+    check_rising("augment.crop_scale", augment.crop_scale, 1)
+    check_rising("augment.crop_ratio", augment.crop_ratio, math.inf)
+    check_range("augment.crop_scale", augment.crop_scale[0], 0.01, 1)
     for value in augment.crop_ratio:
-        _between("augment.crop_ratio", value, 0.1, 10)
+        check_range("augment.crop_ratio", value, 0.1, 10)
     if augment.pad and (augment.crop_scale, augment.crop_ratio) != ((1.0, 1.0), (1.0, 1.0)):
         raise UserError("augment.pad and augment.crop_scale (or crop_ratio) both crop; set one of them")
     if augment.color_jitter and augment.auto_augment:
         raise UserError("augment.color_jitter is not used together with augment.auto_augment; set one of them")
 
 
-def _between(name: str, value: float | None, least: float, most: float, *, open_below: bool = False) -> None:
+def check_range(name: str, value: float | None, least: float, most: float, *, open_below: bool = False) -> None:
     """UserError for a number out of range, NaN or infinity."""
     if value is None or (math.isfinite(value) and least <= value <= most and not (open_below and value == least)):
         return
@@ -175,7 +175,7 @@ def _between(name: str, value: float | None, least: float, most: float, *, open_
     raise UserError(f"{name} {value} must be {low}" + (f" and at most {most}" if most < math.inf else ""))
 
 
-def _rising(name: str, values: Iterable[float], most: float) -> None:
+def check_rising(name: str, values: Iterable[float], most: float) -> None:
     low, high = values
     if not 0 < low <= high <= most or not math.isfinite(high):
         limit = f" <= {most}" if most < math.inf else ""

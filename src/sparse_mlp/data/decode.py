@@ -21,7 +21,7 @@ _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "MPO", "PCX", "PNG", "PPM", "QO
 
 _BITS, _PHOTOMETRIC = ExifTags.Base.BitsPerSample, ExifTags.Base.PhotometricInterpretation  # tags of TIFF
 
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -118,12 +118,12 @@ def convert_image(image: Image.Image, channels: int) -> Image.Image:
     torchvision and timm. Raises BadImageError for 32-bit integers and floating point numbers, which have no
     agreed value for white.
     """
-    orientation = _orientation(image)
+    orientation = _exif_orientation(image)
     image = _to_eight_bit(image)
     if image.mode != MODES[channels]:
         image = image.convert(MODES[channels])
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
         image.info = {}  # with the orientation, which would turn it again
     return image
 
@@ -135,19 +135,30 @@ def read_orientation(file: IO[bytes]) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=image_formats()) as image:
-                found = _orientation(image)
+                found = _exif_orientation(image)
     except Exception:  # a damaged file: `decode_image` names it
         found = None
     file.seek(position)
-    return found if found in _UPRIGHT else 1
+    return found if found in UPRIGHT else 1
 
 
-def _orientation(image: Image.Image) -> Any:
+def _exif_orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     # A damaged EXIF block raises different types; the pixels are not affected.
     except Exception:
         return None
+
+
+def exif_turn(file: IO[bytes]) -> Image.Transpose | None:
+    """How `decode_image` turns the image in an open file, which is left at its start; None for one that is upright."""
+    try:
+        with Image.open(file, formats=image_formats()) as image:
+            return UPRIGHT.get(_exif_orientation(image))
+    except Exception:  # no image: decoding it says so
+        return None
+    finally:
+        file.seek(0)
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from sparse_mlp import distributed
 from sparse_mlp.data import InputSpec
+from sparse_mlp.distributed import sync_batch_norm
 from sparse_mlp.engine import Evaluation, RunFolder
 from sparse_mlp.engine.run import read_json
 from sparse_mlp.errors import UserError
@@ -19,7 +21,7 @@ from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, check_export_
 from sparse_mlp.jobs.model import build_model, load_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.feature_maps import FeatureMaps
-from sparse_mlp.report.cost import count_parameters
+from sparse_mlp.report.cost import count_macs, count_parameters
 from sparse_mlp.weights.write import write_file
 
 R = TypeVar("R", bound=Recipe)
@@ -58,6 +60,11 @@ class DenseJob(Job[R]):
             )
         return config
 
+    def prepare(self, run: RunFolder, device: torch.device) -> None:
+        if distributed.world_size() > 1:
+            sync_batch_norm(self.task)
+        super().prepare(run, device)
+
     def inputs(self) -> dict[str, Any]:
         return {INPUTS: {"classes": list(self.classes)}}
 
@@ -80,6 +87,13 @@ class DenseJob(Job[R]):
         job = cls(cls.evaluated(cls.stored(run), options), Context(run, trusted=options.trust_data))
         load_weights(job.task.backbone(), options.checkpoint or run.path)
         return job.task.to(device).evaluate(evaluation_batches(job.loaders), device)
+
+    @classmethod
+    def cost(cls, run: RunFolder) -> tuple[int | None, int | None]:
+        if not run.has_checkpoint():
+            return None, None
+        model, size = cls.load(run), cls.stored(run).data.image_size  # type: ignore[attr-defined]
+        return count_parameters(model), count_macs(model, 3, size)[""]
 
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:

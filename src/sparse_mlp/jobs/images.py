@@ -33,6 +33,7 @@ from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.model import build_model, check_model_arguments, load_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe, from_json
 from sparse_mlp.report import Samples, read_run, wanted_images
+from sparse_mlp.report.cost import count_macs, count_parameters
 from sparse_mlp.weights.write import write_file
 
 _log = logging.getLogger(__name__)
@@ -99,6 +100,18 @@ class ImageJob(Job[R]):
         if bad:
             some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
             _log.info(f"{len(bad)} images could not be read and were skipped: {some}")
+
+    @classmethod
+    def load(cls, run: RunFolder, checkpoint: Path | None = None) -> nn.Module:
+        return load_trained(run, checkpoint)
+
+    @classmethod
+    def cost(cls, run: RunFolder) -> tuple[int | None, int | None]:
+        if not run.has_checkpoint():  # a kNN has none
+            return None, None
+        spec = load_inputs(run)
+        model = build_model(replace(load_model_config(run), pretrained=False, weights=None), spec)
+        return count_parameters(model), count_macs(model, spec.channels, spec.image_size)[""]
 
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:

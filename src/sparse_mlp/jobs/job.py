@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
@@ -159,6 +160,16 @@ class Job(ABC, Generic[R]):
     def report(cls, run: RunFolder, context: Context | None = None) -> Path:
         """Write the page of a run, finished or not; `context` is the one it was trained in, where it just was."""
         return write_plain_report(run.path)
+
+    @classmethod
+    def load(cls, run: RunFolder, checkpoint: Path | None = None) -> nn.Module:
+        """The run's model in evaluation mode, with its newest weights or those of `checkpoint`."""
+        raise UserError(f"a run of the kind {cls.recipe_type.kind} has no model to load")
+
+    @classmethod
+    def cost(cls, run: RunFolder) -> tuple[int | None, int | None]:
+        """Parameters, and multiply-adds of one item; None where it was not measured or does not apply."""
+        return None, None
 
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:

@@ -17,6 +17,7 @@ _KINDS: dict[str, str | type[Job]] = {
     "pretrain": "sparse_mlp.jobs.pretrain:PretrainJob",
     "detect": "sparse_mlp.jobs.detect:DetectJob",
     "nodes": "sparse_mlp.jobs.nodes:NodesJob",
+    "segment": "sparse_mlp.jobs.segment:SegmentJob",
 }
 
 

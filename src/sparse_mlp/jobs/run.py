@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
@@ -69,6 +70,10 @@ class Run:
         return job.predict(
             folder, [os.fspath(file) for file in files], change_fields(job.predict_options_type(), options)
         )
+
+    def load(self, checkpoint: str | Path | None = None) -> nn.Module:
+        """The model in evaluation mode, with the newest weights or those of a file."""
+        return self.job.load(self.folder, Path(checkpoint) if checkpoint is not None else None)
 
     def report(self) -> Path:
         """Write the run's page; returns its path."""

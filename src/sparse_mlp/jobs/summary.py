@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from sparse_mlp.jobs.images import ImageJob, load_inputs, load_model_config
-from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.run import Run
 from sparse_mlp.report import read_run
-from sparse_mlp.report.cost import count_macs, count_parameters
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,7 @@ def summarize(run: Run) -> Summary:
     results, measured = run.metrics, read_run(run.path)
     scores = {name: f"{results[name]:.2%}" for name in run.job.scores if name in results}
     loads = [routing.final_load() for routing in measured.routing.values()]
-    macs = parameters = None
-    if issubclass(run.job, ImageJob) and run.folder.has_checkpoint():  # a kNN has none
-        spec = load_inputs(run.folder)
-        model = build_model(replace(load_model_config(run.folder), pretrained=False, weights=None), spec)
-        macs, parameters = count_macs(model, spec.channels, spec.image_size)[""], count_parameters(model)
+    parameters, macs = run.job.cost(run.folder)
     return Summary(
         scores=scores,
         steps=measured.last_step,

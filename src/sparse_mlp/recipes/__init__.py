@@ -30,6 +30,7 @@ from sparse_mlp.recipes import (
     moco,
     own_images,
     pretrained,
+    segmentation,
 )
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -61,6 +62,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         graphs.cs,
         graphs.physics,
         graphs.graph,
+        segmentation.camvid,
         imagenet.imagenet_sparse_s,
         imagenet.imagenet_sparse_b,
         imagenet.imagenet_sparse_l,
@@ -92,6 +94,13 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         coco.coco_as_mlp_small_mask_rcnn,
         coco.coco_as_mlp_small_mask_rcnn_3x,
         coco.coco_hire_mlp_tiny_mask_rcnn,
+        segmentation.ade20k_as_mlp_tiny_upernet,
+        segmentation.ade20k_as_mlp_small_upernet,
+        segmentation.ade20k_as_mlp_base_upernet,
+        segmentation.ade20k_cycle_mlp_b1_fpn,
+        segmentation.ade20k_cycle_mlp_b2_fpn,
+        segmentation.ade20k_hire_mlp_small_fpn,
+        segmentation.ade20k_hire_mlp_small_upernet,
     )
 }
 

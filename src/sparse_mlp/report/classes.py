@@ -20,7 +20,7 @@ WORST_MATRIX = 20
 _NAME_WIDTH = 28  # characters
 
 
-def _name_margin(names: Sequence[str]) -> float:
+def name_margin(names: Sequence[str]) -> float:
     """Inches that the longest name takes at the labels' size."""
     return 0.22 + 0.075 * max((len(name) for name in names), default=1)
 
@@ -32,7 +32,7 @@ def class_accuracy_figure(stats: ClassAccuracy, classes: Sequence[str], mean: fl
     shown = stats.order[-WORST_BARS:] if many else stats.order
     names = [clip(classes[c], _NAME_WIDTH) for c in shown]
     height = 0.98 + 0.175 * max(len(shown), 4)
-    figure, axes = panel(5.6, height, left=_name_margin(names), right=0.62)
+    figure, axes = panel(5.6, height, left=name_margin(names), right=0.62)
     low = min(float(stats.low[shown].min()), mean) if len(shown) else 0.0
     start = np.floor(max(0.0, low - 0.02) * 20) / 20
     for row, c in enumerate(shown):
@@ -78,7 +78,7 @@ def confusion_figure(confusion: Ints, classes: Sequence[str]) -> Figure:
     part = confusion[np.ix_(shown, shown)]
     images = np.maximum(confusion.sum(axis=1)[shown], 1)
     names = [clip(classes[c], _NAME_WIDTH) for c in shown]
-    margin = _name_margin(names)
+    margin = name_margin(names)
     short = max((len(name) for name in names), default=1) <= 3
     bottom = 0.5 if short else 0.25 + margin
     side = 5.6 - margin - 0.15 - 0.2

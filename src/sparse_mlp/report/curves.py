@@ -60,6 +60,8 @@ def percent(value: float, _: Any = None) -> str:
 _CURVES: tuple[tuple[str, str, str | None, str | None, Callable[..., str]], ...] = (
     ("loss", "Loss", "loss", "loss", plain),
     ("accuracy", "Accuracy", "accuracy", "top1", percent),
+    ("pixel_accuracy", "Pixel accuracy", "pixel_accuracy", "pixel_accuracy", percent),
+    ("miou", "Mean IoU", None, "miou", percent),
     ("learning_rate", "Learning rate", "lr", None, plain),
     ("gradient_norm", "Gradient norm", "grad_norm", None, plain),
     ("first_gradient_norm", "Gradient norm of the first layer", "first_grad_norm", None, plain),

@@ -25,6 +25,8 @@ TITLES = {
     "map": "Where the test images lie",
     "neighbours": "Nearest neighbours",
     "classes": "Right and wrong",
+    "iou": "Classes",
+    "examples": "Best and worst",
     "load": "Load of the experts",
     "patches": "Where patches go",
     "channels": "Where channels go",
@@ -125,9 +127,9 @@ def _templates() -> Environment:
     return environment
 
 
-def image(pixels: Pixels, alt: str, caption: str) -> Picture:
-    """Return a small picture with a caption."""
-    return Picture(data_uri(pixels), alt, caption)
+def image(pixels: Pixels, alt: str, caption: str, *, photo: bool = False) -> Picture:
+    """Return a small picture with a caption; a `photo` is stored with loss."""
+    return Picture(data_uri(pixels, photo=photo), alt, caption)
 
 
 def settings(config: Mapping[str, object]) -> dict[str, list[tuple[str, str]]]:

@@ -103,8 +103,9 @@ def picture(image: Tensor, mean: Sequence[float], std: Sequence[float], side: in
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
-def data_uri(pixels: Pixels) -> str:
-    """Return the pixels (h, w, 3) as a PNG inside a `data:` address."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def data_uri(pixels: Pixels, *, photo: bool = False) -> str:
+    """Return the pixels (h, w, 3) inside a `data:` address: as a PNG, a `photo` as a WebP a tenth of the size."""
+    buffer, kind = io.BytesIO(), "webp" if photo else "png"
+    options = {"quality": 80} if photo else {"optimize": True}
+    Image.fromarray(pixels).save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

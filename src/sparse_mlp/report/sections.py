@@ -54,6 +54,8 @@ _CURVES = {
     "loss": "What was optimised on the training images, and the plain loss on the test images. Augmentation, mixing "
     "and label smoothing can keep the training loss above the test loss.",
     "accuracy": "Share of right answers on augmented training images, and on all test images.",
+    "pixel_accuracy": "Share of right pixels: in augmented crops of training images, and in whole test images.",
+    "miou": "Mean over the classes of intersection over union, on all test images.",
     "learning_rate": "Warm-up, then the schedule.",
     "gradient_norm": "Before clipping. Spikes that the loss follows are a sign of too high a learning rate.",
     "throughput": "In training, the loading of data included.",
