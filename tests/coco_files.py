@@ -13,7 +13,9 @@ CATEGORIES = [{"id": 3, "name": "square"}, {"id": 17, "name": "disc"}]  # ids wi
 COLOURS = {3: (220, 40, 40), 17: (40, 60, 220)}
 
 
-def content(images: int = 4, side: int = 64, seed: int = 0, objects: int = 2) -> tuple[dict[str, Any], list[np.ndarray]]:
+def content(
+    images: int = 4, side: int = 64, seed: int = 0, objects: int = 2
+) -> tuple[dict[str, Any], list[np.ndarray]]:
     """An annotation file's content and the pixels of its images; objects of one image do not overlap."""
     draw = np.random.default_rng(seed)
     records, annotations, pixels = [], [], []

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests import coco_files
 
 from sparse_mlp.data.coco import CocoConfig, open_coco
 from sparse_mlp.data.loader import eval_loader, train_loader
 from sparse_mlp.errors import UserError
-from tests import coco_files
 
 pytest.importorskip("pycocotools")
 

@@ -198,7 +198,7 @@ def open_coco(config: CocoConfig, *, masks: bool) -> CocoData:
         raise UserError(f"{truth.path} has no images to evaluate on")
     return CocoData(
         CocoImages(train, train_source, config, train=True, masks=masks),
-        CocoImages(truth, test_source, config, train=False, masks=False),
+        CocoImages(truth, test_source, config, train=False, masks=masks),
         truth,
         notes,
     )
@@ -374,7 +374,7 @@ class CocoImages:
         boxes = torch.cat((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), dim=1)
         labels = torch.tensor([self.labels[o["category_id"]] for o in found], dtype=torch.long)
         masks = None
-        if self.masks:
+        if self.masks and objects:
             decoded = [torch.from_numpy(decode_mask(o["segmentation"], record)) for o in found]
             masks = torch.stack(decoded) if decoded else torch.zeros(0, record["height"], record["width"]).byte()
             masks = turn_masks(masks, orientation)

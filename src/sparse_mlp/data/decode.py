@@ -152,13 +152,8 @@ def _exif_orientation(image: Image.Image) -> Any:
 
 def exif_turn(file: IO[bytes]) -> Image.Transpose | None:
     """How `decode_image` turns the image in an open file, which is left at its start; None for one that is upright."""
-    try:
-        with Image.open(file, formats=image_formats()) as image:
-            return UPRIGHT.get(_exif_orientation(image))
-    except Exception:  # no image: decoding it says so
-        return None
-    finally:
-        file.seek(0)
+    file.seek(0)
+    return UPRIGHT.get(read_orientation(file))
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor
@@ -25,19 +27,24 @@ from sparse_mlp.data import (
     train_loader,
 )
 from sparse_mlp.data.coco import CocoConfig, CocoData, open_coco
-from sparse_mlp.data.coco_transforms import fitted_size, to_tensor
+from sparse_mlp.data.coco_annotations import decode_mask
+from sparse_mlp.data.coco_transforms import fitted_size, to_tensor, turn_boxes, turn_masks
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
-from sparse_mlp.engine.run import write_json
+from sparse_mlp.engine.run import read_json, write_json
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.dense import IMAGENET_MEAN, IMAGENET_STD, DenseJob, build_feature_maps, load_classes
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, PredictOptions, Row
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.detectors import Detector, DetectorName, paste_masks
 from sparse_mlp.report.boxes import draw_objects
+from sparse_mlp.report.cost import count_macs, count_parameters
+from sparse_mlp.report.detection import DetectedImage, Objects, write_detection_report
 from sparse_mlp.tasks.coco_metrics import SHOWN_SCORE
 from sparse_mlp.tasks.detect import Detect, DetectionEvaluation
 
 _log = logging.getLogger(__name__)
+
+_SHOWN = 4  # best and worst images on the page
 
 RESULTS, ANALYSIS = "detections.json", "analysis.json"
 """Files of a finished run: the detections in COCO's result format, and what the report shows of them."""
@@ -100,8 +107,8 @@ class DetectPredictOptions(PredictOptions):
     score: float = SHOWN_SCORE
     """Least score, 0 to 1, of what is given and drawn."""
 
-    draw: Path | None = None
-    """Folder for the pictures (PNG) with boxes, masks and names drawn over them. Left out: none are drawn."""
+    pictures: Path = Path("predictions")
+    """Folder for what is found in each image: boxes, masks and names drawn over it (NAME.png)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.score <= 1:
@@ -205,7 +212,7 @@ class DetectJob(DenseJob[DetectRecipe]):
 
     @classmethod
     def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
-        """A row for each object: `file`, `class`, `probability`, and its box in pixels of the upright image, `x`, `y`,
+        """A row for each object: `file`, `picture`, `class`, `probability`, and its box in pixels of the upright image, `x`, `y`,
         `width`, `height`; a row without them for an image without objects, and one with `error` for an image that
         cannot be read.
 
@@ -215,17 +222,17 @@ class DetectJob(DenseJob[DetectRecipe]):
         paths = find_images(files)
         detector, recipe, classes = cls.load(run, options.checkpoint), cls.stored(run), load_classes(run)
         assert isinstance(detector, Detector)
-        if options.draw is not None:
-            options.draw.mkdir(parents=True, exist_ok=True)
+        options.pictures.mkdir(parents=True, exist_ok=True)
         rows: list[Row] = []
-        pictures: dict[str, int] = {}
+        stems: dict[str, int] = {}
         for path in paths:
             name = display_name(path)
-            pictures[path.stem] = number = pictures.get(path.stem, 0) + 1  # folders may have files of the same name
-            target = options.draw and options.draw / (f"{path.stem}-{number}.png" if number > 1 else f"{path.stem}.png")
+            stem = display_name(path.stem)
+            stems[stem] = number = stems.get(stem, 0) + 1  # folders may have files of the same name
+            target = options.pictures / (f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
             try:
                 found = _predict_one(detector, recipe.data, classes, path, options.score, target)
-                rows += found or [{"file": name}]
+                rows += found or [{"file": name, "picture": str(target)}]
             except BadImageError as error:
                 rows.append({"file": name, "error": str(error)})
                 _log.error("%s", error)
@@ -234,9 +241,34 @@ class DetectJob(DenseJob[DetectRecipe]):
             raise BadImageError(bad[0] + (f"; nor can the {len(bad) - 1} others" if len(bad) > 1 else ""))
         return rows
 
+    @classmethod
+    def cost(cls, run: RunFolder) -> tuple[int | None, int | None]:
+        """Parameters, and multiply-adds of the whole detector for a square image of the evaluation's short side."""
+        if not run.has_checkpoint():
+            return None, None
+        detector = cls.load(run)
+        return count_parameters(detector), count_macs(detector, 3, cls.stored(run).data.test_short_side)[""]
+
+    @classmethod
+    def report(cls, run: RunFolder, context: Context | None = None) -> Path:
+        """The page of a run, with the best and the worst images where the data can be opened."""
+        recipe, classes = cls.stored(run), load_classes(run)
+        if not (run.path / ANALYSIS).is_file():
+            return write_detection_report(run.path, classes, None)
+        analysis = read_json(run.path / ANALYSIS)
+        best: list[DetectedImage] = []
+        worst: list[DetectedImage] = []
+        try:
+            data = open_coco(recipe.data, masks=recipe.detector.name == "mask_rcnn")
+            rows = json.loads((run.path / RESULTS).read_text(encoding="utf-8"))
+            best, worst = _examples(data, analysis["images"], rows)
+        except (UserError, OSError, ValueError) as error:
+            _log.warning("the report of %s shows no images: %s", run.path, error)
+        return write_detection_report(run.path, classes, analysis, best=best, worst=worst, macs=cls.cost(run)[1])
+
 
 def _predict_one(
-    detector: Detector, data: CocoConfig, classes: Sequence[str], path: Path, score: float, target: Path | None
+    detector: Detector, data: CocoConfig, classes: Sequence[str], path: Path, score: float, target: Path
 ) -> list[Row]:
     """The objects of one image from `score` on; drawn into the file `target`."""
     image = read_image(path, 3)
@@ -248,16 +280,59 @@ def _predict_one(
         rows.append(
             {
                 "file": display_name(path),
+                "picture": str(target),
                 "class": classes[label],
                 "probability": round(sure, 6),
                 **{key: round(value, 2) for key, value in place.items()},
             }
         )
-    if target is not None:
-        captions = [f"{row['class']} {row['probability']:.0%}" for row in rows]
-        masks = found["masks"].numpy() if "masks" in found else None
-        draw_objects(image, boxes, labels, captions, masks).save(target)
+    captions = [f"{row['class']} {row['probability']:.0%}" for row in rows]
+    masks = found["masks"].numpy() if "masks" in found else None
+    draw_objects(image, boxes, labels, captions, len(classes), masks).save(target)
     return rows
+
+
+def _examples(
+    data: CocoData, images: Sequence[Row], rows: Sequence[Row]
+) -> tuple[list[DetectedImage], list[DetectedImage]]:
+    """Images with objects that were answered best and worst, of equal ones those with more objects."""
+    places = {image["id"]: i for i, image in enumerate(data.truth.images)}
+    known = [image for image in images if image["image_id"] in places and image["right"] + image["missed"]]
+    order = sorted(known, key=lambda image: (-image["f1"], -image["right"] - image["missed"]))
+    shown = min(_SHOWN, (len(order) + 1) // 2)
+    last = sorted(order[shown:], key=lambda image: (image["f1"], -image["right"] - image["missed"]))[:_SHOWN]
+    best, worst = ([_example(data, places, image, rows) for image in part] for part in (order[:shown], last))
+    return best, worst
+
+
+def _example(data: CocoData, places: dict[int, int], image: Row, rows: Sequence[Row]) -> DetectedImage:
+    """An image upright, with the objects that it has and those that were found."""
+    scene, orientation = data.test.load(places[image["image_id"]])
+    record = data.truth.images[places[image["image_id"]]]
+    of_image = [row for row in rows if row["image_id"] == image["image_id"] and row["score"] >= SHOWN_SCORE]
+    xywh = torch.tensor([row["bbox"] for row in of_image]).reshape(-1, 4)
+    boxes = torch.cat((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), dim=1)
+    masks = None
+    if of_image and all("segmentation" in row for row in of_image):
+        decoded = np.stack([decode_mask(row["segmentation"], record) for row in of_image])
+        masks = turn_masks(torch.from_numpy(decoded), orientation).numpy()
+    labels = data.truth.labels()
+    return DetectedImage(
+        name=record["file_name"],
+        picture=scene.image,
+        truth=Objects(
+            scene.boxes.numpy(), scene.labels.tolist(), None, scene.masks.numpy() if scene.masks is not None else None
+        ),
+        found=Objects(
+            turn_boxes(boxes, orientation, record["width"], record["height"]).numpy(),
+            [labels[row["category_id"]] for row in of_image],
+            [row["score"] for row in of_image],
+            masks,
+        ),
+        right=image["right"],
+        missed=image["missed"],
+        wrong=image["wrong"],
+    )
 
 
 @torch.no_grad()

@@ -8,22 +8,15 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import to_rgb
 from PIL import Image, ImageDraw, ImageFont
 
-from sparse_mlp.report.style import clip, expert_colours
+from sparse_mlp.report.overlay import class_colours
+from sparse_mlp.report.style import clip
 
-__all__ = ["class_colour", "draw_objects"]
+__all__ = ["draw_objects"]
 
-_COLOURS = 16
 _MASK_SHARE = 0.45  # of the colour over the picture
 _LONGEST_NAME = 28
-
-
-def class_colour(label: int) -> tuple[int, int, int]:
-    """One of sixteen colours; classes whose numbers differ by sixteen share one."""
-    red, green, blue = to_rgb(expert_colours(_COLOURS)[label % _COLOURS])
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_objects(
@@ -31,13 +24,15 @@ def draw_objects(
     boxes: np.ndarray,
     labels: Sequence[int],
     captions: Sequence[str],
+    classes: int,
     masks: np.ndarray | None = None,
 ) -> Image.Image:
     """A copy of an RGB image with boxes (N, 4) x1, y1, x2, y2 in its pixels, masks (N, height, width) and captions.
 
-    Colours are those of the classes, `labels` (N,).
+    Colours are those of the objects' classes, `labels` (N,), of which there are `classes`.
     """
-    colours = [class_colour(label) for label in labels]
+    table = class_colours(classes)
+    colours = [(int(r), int(g), int(b)) for r, g, b in (table[label] for label in labels)]
     pixels = np.array(image, dtype=np.float32)
     for mask, colour in zip(masks if masks is not None else (), colours, strict=masks is not None):
         inside = mask.astype(bool)
