@@ -26,6 +26,7 @@ TITLES = {
     "neighbours": "Nearest neighbours",
     "classes": "Right and wrong",
     "iou": "Classes",
+    "ap": "Classes",
     "examples": "Best and worst",
     "load": "Load of the experts",
     "patches": "Where patches go",
