@@ -212,9 +212,9 @@ class DetectJob(DenseJob[DetectRecipe]):
 
     @classmethod
     def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
-        """A row for each object: `file`, `picture`, `class`, `probability`, and its box in pixels of the upright image, `x`, `y`,
-        `width`, `height`; a row without them for an image without objects, and one with `error` for an image that
-        cannot be read.
+        """A row for each object: `file`, `picture`, `class`, `probability`, and its box in pixels of the upright image,
+        `x`, `y`, `width`, `height`; a row without them for an image without objects, and one with `error` for an image
+        that cannot be read.
 
         FileNotFoundError if there are no images, BadImageError if none can be read.
         """
