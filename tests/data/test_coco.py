@@ -295,7 +295,7 @@ def test_settings_that_cannot_be(root, changes, message):
 def test_what_is_missing_is_named(root):
     with pytest.raises(FileNotFoundError, match="no folder with images and annotations"):
         open_coco(small(root / "gone"), masks=True)
-    with pytest.raises(FileNotFoundError, match=r"data\.train_annotations x\.json"):
+    with pytest.raises(FileNotFoundError, match=r"data.train_annotations x\.json"):
         open_coco(small(root, train_annotations="x.json"), masks=True)
     (root / "annotations" / "instances_val2017.json").rename(root / "annotations" / "other.json")
     with pytest.raises(FileNotFoundError, match=r"no val annotations; looked for annotations/instances_val2017\.json"):

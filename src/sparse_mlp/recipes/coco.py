@@ -127,5 +127,5 @@ def _small(name: str, detector: DetectorConfig) -> DetectRecipe:
         detector=detector,
         optim=OptimConfig(lr=3e-4, weight_decay=0.0),
         schedule=ScheduleConfig(warmup_steps=50, min_lr=3e-6),
-        train=TrainConfig(steps=1000, clip_grad=5.0, log_every=10, eval_every=200, save_every=200),
+        train=TrainConfig(steps=500, clip_grad=5.0, log_every=10, eval_every=100, save_every=100),
     )

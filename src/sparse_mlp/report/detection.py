@@ -216,10 +216,8 @@ def _draw(picture: Image.Image, objects: Objects, names: Sequence[str]) -> Image
     small = picture.resize(size, Image.Resampling.LANCZOS)
     masks = objects.masks
     if masks is not None:
-        shrunk = [
-            np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) for mask in masks
-        ]
-        masks = np.stack(shrunk) if shrunk else None
+        shrunk = [Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST) for mask in masks]
+        masks = np.stack([np.asarray(mask) for mask in shrunk]) if shrunk else None
     captions = [names[label] for label in objects.labels]
     if objects.scores is not None:
         captions = [f"{name} {score:.0%}" for name, score in zip(captions, objects.scores, strict=True)]
