@@ -128,6 +128,18 @@ def _drop(maps: FeatureMaps, level: int) -> None:
             layers[level] = nn.Identity()
 
 
+class _LastLevels(LastLevelP6P7):
+    """The two coarsest maps of RetinaNet, in float32.
+
+    On CPUs the gradient of a strided bfloat16 convolution over a single pixel is uninitialised memory (torch 2.14), and
+    images of 64 pixels have such a map.
+    """
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        with torch.autocast(p[-1].device.type, enabled=False):
+            return super().forward([x.float() for x in p], [x.float() for x in c], names)
+
+
 class _Batch(GeneralizedRCNNTransform):
     """Normalises images and pads them to one size; they keep their scale, and masks stay within their boxes."""
 
@@ -190,7 +202,7 @@ def _retinanet(
     max_detections: int,
     min_score: float,
 ) -> nn.Module:
-    backbone = _Backbone(maps, fpn_channels, 1, LastLevelP6P7(maps.channels[-1], fpn_channels))
+    backbone = _Backbone(maps, fpn_channels, 1, _LastLevels(maps.channels[-1], fpn_channels))
     octave = [2 ** (step / 3) for step in range(3)]
     sizes = tuple(tuple(round(anchor_size * 2**level * share) for share in octave) for level in range(_LEVELS))
     return RetinaNet(
