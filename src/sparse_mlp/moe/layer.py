@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sparse_mlp.moe import balance, capacity, dense, dispatch, router_bias, telemetry
 from sparse_mlp.moe.arguments import check_arguments
 from sparse_mlp.moe.buffers import NonPersistentBuffers
-from sparse_mlp.moe.general_experts import Act, make_experts
+from sparse_mlp.moe.experts import Experts
+from sparse_mlp.moe.general_experts import Act, GeneralExperts, make_experts
 from sparse_mlp.moe.kernels import in_transform
 from sparse_mlp.moe.router import NoisyTopKRouter, Routing
 
@@ -55,6 +56,8 @@ class MoeMlp(NonPersistentBuffers):
     """
 
     balance_scale: Tensor
+    experts: Experts | GeneralExperts
+    shared: Experts | GeneralExperts | None
 
     def __init__(
         self,

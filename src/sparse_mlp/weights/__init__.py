@@ -3,5 +3,6 @@
 from sparse_mlp.weights.convert import convert, convert_file
 from sparse_mlp.weights.fit import CheckpointMismatch, check_fit
 from sparse_mlp.weights.load import load
+from sparse_mlp.weights.upcycle import sparsify
 
-__all__ = ["CheckpointMismatch", "check_fit", "convert", "convert_file", "load"]
+__all__ = ["CheckpointMismatch", "check_fit", "convert", "convert_file", "load", "sparsify"]
