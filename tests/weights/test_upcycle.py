@@ -13,6 +13,7 @@ import sparse_mlp
 from sparse_mlp.errors import UserError
 from sparse_mlp.moe import MoeMlp
 from sparse_mlp.moe.telemetry import moe_layers
+from sparse_mlp.weights import load
 
 SHALLOW = {"depths": (1, 1, 2, 1)}
 FAMILIES: dict[str, tuple[str, dict, int]] = {
@@ -242,3 +243,18 @@ def test_centroids_send_each_cluster_to_an_expert_of_its_own(family: str) -> Non
 def test_too_few_items_for_the_centroids() -> None:
     with pytest.raises(UserError, match="6 centroids need as many items; the images give 5"):
         sparse_mlp.sparsify(vit(), 1, num_experts=6, router="centroids", images=IMAGES[:1])
+
+
+# ---- Weights of a dense model and of one with experts ----
+
+
+def test_dense_weights_do_not_fit_experts_nor_these_the_dense_model_and_the_error_says_what_to_do(tmp_path) -> None:
+    dense, sparse = vit(), sparse_mlp.sparsify(vit(), 1, num_experts=2)
+    for model, name in ((dense, "dense.pth"), (sparse, "sparse.pth")):
+        torch.save(model.state_dict(), tmp_path / name)
+    with pytest.raises(UserError, match=r"a dense model's: load them before `sparse_mlp\.sparsify`") as error:
+        load(sparse, tmp_path / "dense.pth")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"of a model with experts: call `sparse_mlp\.sparsify`"):
+        load(dense, tmp_path / "sparse.pth")
+    load(sparse, tmp_path / "sparse.pth")
