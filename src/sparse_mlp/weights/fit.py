@@ -63,7 +63,11 @@ def _about_experts(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """What to do where one side has experts in the place of the other's MLP."""
     for without, with_experts, advice in (
         (unexpected, missing, "a dense model's: load them before `sparse_mlp.sparsify` gives it experts"),
-        (missing, unexpected, "of a model with experts: call `sparse_mlp.sparsify` as for that one before you load them"),
+        (
+            missing,
+            unexpected,
+            "of a model with experts: call `sparse_mlp.sparsify` as for that one before you load them",
+        ),
     ):
         places = {name.removesuffix("router.weight") for name in with_experts if name.endswith(".router.weight")}
         if any(name.startswith(place) for place in places for name in without):
