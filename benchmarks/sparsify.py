@@ -1,6 +1,6 @@
 """A training step of a sparsified model against its dense one, per multiply-add.
 
-    python benchmarks/sparsify.py [--rounds 7] [--threads 1] [--batch 8] [--json FILE]
+    python benchmarks/sparsify.py [--rounds 7] [--threads 1] [--batch 8] [--models NAME ...] [--cpu-time] [--json FILE]
 
 ViT-B/16 and CycleMLP-B1 at 224 px, 8 experts, one an item, in "last-2" and in the second half of the blocks: forward,
 backward, float32, dropless, each step in turn within a round; medians of the ratios of times, over the ratio of counted
@@ -18,6 +18,7 @@ import timm
 import torch
 from torch import nn
 
+import interleaved
 import sparse_mlp
 from interleaved import interleave, print_table, ratio, settle_allocator, write_json
 from sparse_mlp.report.cost import count_macs
@@ -63,14 +64,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--cpu-time", action="store_true", help="on a machine that others use too, with one thread")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    interleaved.USE_CPU_TIME = given.cpu_time
     settle_allocator()
     rows = []
     for threads in given.threads:
         torch.set_num_threads(threads)
-        for name, half in MODELS.items():
-            rows += measure(name, half, given.batch, given.rounds)
+        for name in given.models:
+            rows += measure(name, MODELS[name], given.batch, given.rounds)
     print_table("A training step of a sparsified model against its dense one", rows)
     write_json(given.json, rows)
 

@@ -111,6 +111,14 @@ def test_last_of_a_model_in_stages_are_the_last_blocks_of_its_stages() -> None:
     assert list(moe_layers(model)) == ["stages.2.blocks.3.mlp", "stages.3.blocks.1.mlp"]
 
 
+def test_a_feature_extractor_has_them_in_the_same_places() -> None:
+    model = timm.create_model("cycle_mlp_b1", features_only=True).eval()
+    expected = model(IMAGES[:1])
+    sparse_mlp.sparsify(model, ["stages.3.blocks.1", "stages.1.blocks.0"], num_experts=2)
+    assert len(moe_layers(model)) == 2
+    torch.testing.assert_close(model(IMAGES[:1]), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_one_kind_of_mlp_by_name() -> None:
     model = timm.create_model("mixer_t4_32")
     sparse_mlp.sparsify(model, ["blocks.1.mlp_channels"], num_experts=2)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from sparse_mlp.errors import UserError
@@ -94,6 +93,8 @@ def draw_anew(layer: MoeMlp, *_: object) -> None:
 def centroids(items_ND: Tensor, num_experts: int) -> Tensor:
     """Unit centroids of items by spherical k-means, one an expert, as rows of a router (Cluster-aware upcycling,
     arXiv 2604.13508, section 3). (N, D) -> (E, D)."""
+    from sklearn.cluster import KMeans  # slow to import
+
     some = items_ND[torch.randperm(len(items_ND), device=items_ND.device)[:MOST_ITEMS]].float()
     if len(some) < num_experts:
         raise UserError(f"{num_experts} centroids need as many items; the images give {len(some)}")

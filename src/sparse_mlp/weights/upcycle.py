@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from sparse_mlp.errors import UserError
@@ -68,8 +69,9 @@ def sparsify(
     start, default = _start(init, strength, router, images)
     layers: dict[int, MoeMlp] = {}
     swaps: dict[str, nn.Module] = {}
+    body = model.model if isinstance(model, FeatureGetterNet) else model  # timm's features_only
     try:
-        mlps = choose_mlps(model, blocks)
+        mlps = choose_mlps(body, blocks)
     except ValueError as error:
         raise UserError(str(error)) from None
     for name, mlp in mlps.items():
@@ -81,7 +83,7 @@ def sparsify(
             except ValueError as error:
                 raise UserError(f"{name} cannot have experts: {error}") from None
         swaps[name] = layers[id(mlp)]
-    seen = starts.watch(model, mlps, images) if images is not None else {}
+    seen = starts.watch(body, mlps, images) if images is not None else {}
     with torch.no_grad():
         for mlp in {id(mlp): mlp for mlp in mlps.values()}.values():
             layer, inputs = layers[id(mlp)], seen.get(id(mlp))
@@ -89,7 +91,7 @@ def sparsify(
             if router == "centroids":
                 assert inputs is not None
                 layer.router.weight.copy_(starts.centroids(inputs.items, num_experts))
-    replace_modules(model, swaps)
+    replace_modules(body, swaps)
     return model
 
 
