@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-from sparse_mlp.moe.experts import GELU
-
 
 def check_arguments(
     *,
@@ -14,7 +12,8 @@ def check_arguments(
     not_negative: dict[str, float | None],
     capacity_group: str,
     prioritized: bool,
-    act: str,
+    scores: str,
+    gate: str | None,
 ) -> None:
     """ValueError naming the argument, its value and what is allowed."""
     for name, size in sizes.items():
@@ -32,8 +31,10 @@ def check_arguments(
         raise ValueError(f'capacity_group must be "image" or "batch"; got {capacity_group!r}')
     if prioritized and all(ratio is None for ratio in ratios.values()):
         raise ValueError("prioritized=True needs a capacity_ratio: without a capacity nothing is dropped")
-    if act not in GELU:
-        raise ValueError(f"act must be one of {', '.join(GELU)}; got {act!r}")
+    if scores not in ("softmax", "sigmoid"):
+        raise ValueError(f'scores must be "softmax" or "sigmoid"; got {scores!r}')
+    if gate not in (None, "first", "last"):
+        raise ValueError(f'gate must be "first" or "last", the half that is gated, or None; got {gate!r}')
 
 
 def warn_if_rounded(ratio: float, items: int, capacity: int, num_experts: int, top_k: int) -> None:
