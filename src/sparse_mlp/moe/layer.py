@@ -9,12 +9,11 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from sparse_mlp.moe import balance, capacity, dense, dispatch, router_bias, telemetry
+from sparse_mlp.moe import balancing, capacity, dense, dispatch, telemetry
 from sparse_mlp.moe.arguments import check_arguments
 from sparse_mlp.moe.buffers import NonPersistentBuffers
 from sparse_mlp.moe.experts import Experts
 from sparse_mlp.moe.general_experts import Act, GeneralExperts, make_experts
-from sparse_mlp.moe.kernels import in_transform
 from sparse_mlp.moe.router import NoisyTopKRouter, Routing
 
 
@@ -22,37 +21,29 @@ from sparse_mlp.moe.router import NoisyTopKRouter, Routing
 class MoeMlp(NonPersistentBuffers):
     """MoE(x) = sum_i G(x)_i E_i(x) over the K experts the router chose for x (Sparse-MLP, section 2.2).
 
-    Input (..., D), output the same shape; every vector along the last dimension is an item. Dropless in evaluation
-    unless told otherwise, so that an image's result does not depend on the other images of the batch.
+    Input (..., D), output the same shape; every vector along the last dimension is an item. Raises ValueError if an
+    argument is out of range or items are not D wide.
 
     Args:
-        dim: D, width of an item. hidden_dim: H, hidden width of each expert.
-        num_experts: E. top_k: K, experts per item.
-        capacity_ratio: rows per expert in training, as a multiple of the even share N K / E; None is dropless.
-            A choice that finds no row is dropped: it adds zero, and the residual around the layer carries the item.
-        eval_capacity_ratio: the same in evaluation.
-        capacity_group: what a capacity is counted over: "image" (each entry of the first dimension, for inputs of
-            three or more dimensions) or "batch" (all items).
-        prioritized: items take rows by falling first gate (Batch Prioritized Routing) rather than in their order.
+        dim: D, width of an item. hidden_dim: H, of each expert. num_experts: E. top_k: K, experts per item.
+        capacity_ratio, eval_capacity_ratio: rows per expert, in training and in evaluation, as a multiple of the even
+            share N K / E; None is dropless: no result depends on other items. A choice without a row adds zero.
+        capacity_group: what a capacity is counted over, "image" (each entry of the first of three or more dimensions)
+            or "batch". prioritized: items take rows by falling first gate (Batch Prioritized Routing).
         noise_std: of the router's logits in training; default 1/E.
-        balance_weight: of the balance loss L_imp/2 + L_load/2, whose gradient the layer adds by itself. A loop that
-            multiplies its loss (accumulation, fp16) must say so: see `balance`, which has the other way too.
+        balance_weight: of L_imp/2 + L_load/2. A loop that multiplies its loss must say so: see `balance`.
         renormalize: gates over their sum, so that each item's add up to 1 (Sparse Upcycling, section 3).
         scores: what gates are of the logits, "softmax" or "sigmoid" (DeepSeek-V3, section 2.1.2).
-        bias_rate: by how much a bias on the scores moves against the load in each step, in place of a balance loss
-            (DeepSeek-V3: 0.001 with balance_weight=0); 0 is no bias. See `router_bias`.
+        bias_rate: of a bias on the scores against the load (DeepSeek-V3: 0.001, balance_weight=0), see `router_bias`.
         z_loss_weight: of the router's z-loss (ST-MoE, equation 5: 0.001), added as the balance loss is.
         shared_experts: experts that every item goes through, besides its K (DeepSeekMoE, section 3.2).
-        act, gate, bias, drop, norm_layer: the form of the experts, see `GeneralExperts` and `make_experts`. GELU alone
-            has the fast kernels.
+        act, gate, bias, drop, norm_layer: of the experts, see `make_experts`; GELU alone has the fast kernels.
         channels_first: the input is (B, D, ...) and not (..., D), as that of 1x1 convolutions.
 
     Set from outside:
         dispatcher: brings items to the experts and back, in place of `dispatch.local`.
         balance_reduce: a differentiable sum of the balance totals, (1 or 2, E), over ranks.
         on_routing: receives a `telemetry.RoutingRecord` of each forward.
-
-    Raises ValueError if an argument is out of range, or an input's items are not `dim` wide.
     """
 
     balance_scale: Tensor
@@ -87,29 +78,14 @@ class MoeMlp(NonPersistentBuffers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(
-            sizes={"dim": dim, "hidden_dim": hidden_dim, "num_experts": num_experts, "top_k": top_k},
-            ratios={"capacity_ratio": capacity_ratio, "eval_capacity_ratio": eval_capacity_ratio},
-            not_negative={
-                "noise_std": noise_std,
-                "balance_weight": balance_weight,
-                "bias_rate": bias_rate,
-                "z_loss_weight": z_loss_weight,
-                "shared_experts": shared_experts,
-            },
-            capacity_group=capacity_group,
-            prioritized=prioritized,
-            scores=scores,
-            gate=gate,
-        )
-        self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
+        check_arguments(locals())
+        self.dim, self.num_experts, self.top_k, self.shared_experts = dim, num_experts, top_k, shared_experts
         self.capacity_ratio, self.eval_capacity_ratio = capacity_ratio, eval_capacity_ratio
-        self.capacity_group, self.prioritized = capacity_group, prioritized
+        self.capacity_group, self.prioritized, self.channels_first = capacity_group, prioritized, channels_first
         self.balance_weight, self.bias_rate, self.z_loss_weight = balance_weight, bias_rate, z_loss_weight
-        self.shared_experts, self.channels_first = shared_experts, channels_first
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        scoring: dict[str, Any] = {"scores": scores, "renormalize": renormalize, "bias": bias_rate > 0}
-        form: dict[str, Any] = {"act": act, "gate": gate, "bias": bias, "drop": drop, "norm_layer": norm_layer}
+        dd: Any = {"device": device, "dtype": dtype}
+        scoring: Any = {"scores": scores, "renormalize": renormalize, "bias": bias_rate > 0}
+        form: Any = {"act": act, "gate": gate, "bias": bias, "drop": drop, "norm_layer": norm_layer}
         self.router = NoisyTopKRouter(dim, num_experts, top_k, noise_std, **dd, **scoring)
         self.experts = make_experts(dim, hidden_dim, num_experts, **form, **dd)
         self.shared = make_experts(dim, hidden_dim, shared_experts, **form, **dd) if shared_experts else None
@@ -124,8 +100,7 @@ class MoeMlp(NonPersistentBuffers):
 
     @classmethod
     def from_mlp(cls, mlp: nn.Module, num_experts: int, top_k: int = 1, **arguments: Any) -> MoeMlp:
-        """Experts that all begin as a trained MLP, which stays as it is: with `renormalize=True` and no capacity the
-        answers are the MLP's. See `dense.from_mlp`."""
+        """Experts that begin as a trained MLP, which stays as it is: see `dense.from_mlp`."""
         return dense.from_mlp(cls, mlp, num_experts, top_k, **arguments)
 
     @classmethod
@@ -162,7 +137,7 @@ class MoeMlp(NonPersistentBuffers):
             shared_MD = self.shared(items_ND.repeat(self.shared_experts, 1))
             y_ND = y_ND + shared_MD.view(self.shared_experts, *y_ND.shape).sum(0)
         if self.training:
-            y_ND = self._balance(y_ND, routing, plan)
+            y_ND = balancing.inject_balance(self, y_ND, routing, plan)
         if self.on_routing is not None:
             self.on_routing(telemetry.RoutingRecord.of(routing, plan, x.shape[:-1]))
         y = y_ND.view(x.shape)
@@ -173,31 +148,3 @@ class MoeMlp(NonPersistentBuffers):
         if ratio is None or x.numel() == 0:
             return dispatch.dropless(routing.experts_NK, self.num_experts)
         return capacity.plan(routing, x.shape, ratio, self.capacity_group, self.prioritized, self._warned)
-
-    def _balance(self, y_ND: Tensor, routing: Routing, plan: dispatch.Plan) -> Tensor:
-        logits = routing.logits_NE, routing.noisy_NE
-        # the load's estimate takes the K-th largest logit for the threshold, which it is not where a bias chooses
-        noise_std = self.router.noise_std if self.router.bias is None else 0.0
-        totals, entropies = balance.expert_totals(*logits, routing.experts_NK, noise_std)
-        importance_E = totals[0]
-        if self.balance_reduce is not None:  # by ranks without an item too, for the others wait for them
-            totals = self.balance_reduce(totals)
-        loss = balance.balance_loss(totals)
-        if not in_transform(loss):
-            self.meter.update(plan, importance_E, entropies, loss)
-            y_ND = self._move_bias(y_ND, plan)
-        weighted = self.balance_weight * loss
-        if self.z_loss_weight > 0:
-            weighted = weighted + self.z_loss_weight * balance.z_loss(routing.logits_NE)
-        if self.on_balance_loss is not None:
-            self.on_balance_loss(weighted)
-            return y_ND
-        return balance.inject_gradient(y_ND, weighted, self.balance_scale)
-
-    def _move_bias(self, y_ND: Tensor, plan: dispatch.Plan) -> Tensor:
-        if self.router.bias is None:
-            return y_ND
-        chosen_E = plan.chosen_E.to(torch.float32)
-        if self.balance_reduce is not None:
-            chosen_E = self.balance_reduce(chosen_E)
-        return router_bias.move_in_backward(y_ND, self.router.bias, router_bias.bias_step(chosen_E, self.bias_rate))
