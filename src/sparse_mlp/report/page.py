@@ -31,7 +31,7 @@ TITLES = {
     "load": "Load of the experts",
     "patches": "Where patches go",
     "channels": "Where channels go",
-    "accuracy": "Test accuracy",
+    "accuracy": "On the test set",
     "loss": "Training loss",
 }
 
