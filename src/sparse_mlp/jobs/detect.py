@@ -30,8 +30,8 @@ from sparse_mlp.data.coco import CocoConfig, CocoData, open_coco
 from sparse_mlp.data.coco_annotations import decode_mask
 from sparse_mlp.data.coco_transforms import fitted_size, to_tensor, turn_boxes, turn_masks
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
-from sparse_mlp.engine.run import read_json, write_json
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import read_json, write_json
 from sparse_mlp.jobs.dense import IMAGENET_MEAN, IMAGENET_STD, DenseJob, build_feature_maps, load_classes
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, PredictOptions, Row
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
