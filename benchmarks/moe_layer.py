@@ -1,6 +1,6 @@
 """One MoE layer against a dense two-layer MLP of the same width and hidden size on the same items.
 
-    python benchmarks/moe_layer.py [--rounds 7] [--processes 3] [--threads 1 2] [--peers] [--json FILE]
+    python benchmarks/moe_layer.py [--rounds 7] [--processes 3] [--threads 1 2] [--peers] [--memory] [--json FILE]
 
 Forward + backward, float32, no dropped items, every run in turn within a round; medians of ratios to the dense layer.
 The tables are made in several fresh processes, whose medians they give, and our range: where the heap of a process
@@ -208,41 +208,50 @@ def one_image(threads: int, rounds: int) -> list[Row]:
 
 
 def memory() -> list[Row]:
-    """Peak resident memory, in MB, that one forward + backward adds, K=1, E=8: the median of fresh processes.
+    """Peak resident memory, in MB, that one forward + backward adds, K=1, E=8: the median of three fresh processes.
 
     Both counts hold the input's and the weights' gradients; an MoE layer has E times the weights. Of a process's first
     step, in which libraries build their tables too, and of one after others, as nearly all steps of a training are.
     """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["torch", "sparse_mlp.moe"])  # imported once: that takes longer than the steps
+    layers = ("dense", "sparse_mlp")
     rows = []
     for shape, sizes in SHAPES.items():
+        jobs = [(name, *sizes) for name in layers for _ in range(3)]
+        with processes.Pool(1, maxtasksperchild=1) as pool:
+            peaks = dict(
+                zip(layers, torch.tensor(pool.starmap(_peaks_megabytes, jobs, chunksize=1)).view(2, 3, 2), strict=True)
+            )
+        medians = {name: of_runs.median(0).values.tolist() for name, of_runs in peaks.items()}
         row: Row = {"shape": shape}
-        for when, steps_before in (("first step", 0), ("later step", 3)):
-            peaks = {}
-            for name in ("dense", "sparse_mlp"):
-                with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                    job = (name, *sizes, steps_before)
-                    peaks[name] = statistics.median(pool.apply(_peak_megabytes, job) for _ in range(3))
-            row |= {f"{when}, {name} MB": peak for name, peak in peaks.items()}
-            row[f"{when}, ratio"] = peaks["sparse_mlp"] / peaks["dense"]
+        for i, when in enumerate(("first step", "later step")):
+            row |= {f"{when}, {name} MB": medians[name][i] for name in layers}
+            row[f"{when}, ratio"] = medians["sparse_mlp"][i] / medians["dense"][i]
         rows.append(row)
     return rows
 
 
-def _peak_megabytes(name: str, items: int, dim: int, hidden: int, steps_before: int) -> float:
+def _peaks_megabytes(name: str, items: int, dim: int, hidden: int) -> tuple[float, float]:
+    """What the first step of this process adds, and the fourth."""
     torch.set_num_threads(1)
     layer = dense_mlp(dim, hidden) if name == "dense" else MoeMlp(dim, hidden, 8, 1)
     x = torch.randn(items, dim, requires_grad=True)
     train_step(layer, x[:8].detach().requires_grad_())()  # libraries
     run = train_step(layer, x)
-    for _ in range(steps_before):
+
+    def measure() -> float:
+        x.grad = None
+        layer.zero_grad(set_to_none=True)
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        before = _status("VmRSS")
         run()
-    x.grad = None
-    layer.zero_grad(set_to_none=True)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-    before = _status("VmRSS")
-    run()
-    return (_status("VmHWM") - before) / 1024
+        return (_status("VmHWM") - before) / 1024
+
+    first = measure()
+    run(), run()
+    return first, measure()
 
 
 def _status(field: str) -> int:
@@ -255,6 +264,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; medians are over these")
     parser.add_argument("--processes", type=int, default=3, help="fresh processes; medians are over these too")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--memory", action="store_true", help="the table of peak memory only")
     parser.add_argument("--peers", action="store_true", help=f"also time {', '.join(PEERS)}")
     parser.add_argument("--json", type=Path, help="write the rows and the hardware here")
     args = parser.parse_args()
@@ -264,7 +274,7 @@ def main() -> None:
         print_table(title, rows)
         everything.extend({"table": title} | row for row in copy.deepcopy(rows))
 
-    for threads in args.threads:
+    for threads in [] if args.memory else args.threads:
         title = "Forward + backward, ratio to the dense layer (E=8, no drops; bound: K dense products alone)"
         times = args.processes, threads, args.rounds
         show(title, over_processes(against_dense, *times, args.peers))

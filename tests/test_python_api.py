@@ -128,6 +128,34 @@ def test_datasets_are_two(recipe: sparse_mlp.jobs.Recipe, tmp_path: Path, datase
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_is_fitted_to_datasets_of_ones_own(tmp_path: Path) -> None:
+    sets = (Stripes(64), Stripes(20))
+    recipe = sparse_mlp.recipe("resnet10t", datasets=sets, data={"workers": 0}, train={"steps": 2})
+    assert recipe.data.name == "own" and recipe.data.batch_size == 8  # type: ignore[attr-defined]
+    assert (recipe.data.channels, recipe.augment.flip) == (1, 0)  # type: ignore[attr-defined]
+    run = sparse_mlp.train(recipe, tmp_path / "run", datasets=sets, show=False)
+    assert run.metrics["images"] == 20
+    probe = sparse_mlp.recipe("linear_probe", datasets=sets, model={"weights": run.path})
+    assert (probe.data.name, probe.data.batch_size) == ("own", 8)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="a training and a test set"):
+        sparse_mlp.recipe("resnet10t", datasets=Stripes(4))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="would be ignored: the images come from datasets of your own"):
+        sparse_mlp.recipe("resnet10t", datasets=sets, data={"root": tmp_path})
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "finetune", "knn"])
+def test_a_folder_in_place_of_images_that_lie_in_none(run: sparse_mlp.Run, name: str, tmp_path: Path) -> None:
+    """A root is enough: neither the digits nor datasets of one's own have one."""
+    for i in range(8):
+        image, label = Stripes(8)[i]
+        (tmp_path / "photos" / Stripes.classes[label]).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "photos" / Stripes.classes[label] / f"{i}.png")
+    digits = sparse_mlp.recipe("digits_mixer", model={"args": {"num_blocks": 1, "embed_dim": 16}}, train={"steps": 1})
+    for source in (run, sparse_mlp.train(digits, tmp_path / "run", show=False)):
+        found = sparse_mlp.recipe(name, model={"weights": source.path}, data={"root": tmp_path / "photos"})
+        assert (found.data.name, found.data.root) == ("folder", str(tmp_path / "photos"))  # type: ignore[attr-defined]
+
+
 def test_changes_of_a_resumed_run_are_fields(run: sparse_mlp.Run) -> None:
     with pytest.raises(UserError, match="dictionary of fields"):
         sparse_mlp.resume(run.path, "longer")  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009, https
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import lzma
 import struct
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import CIFAR10
 
-from experiments.data.strips import read_strips
+from experiments.data.strips import read_strips, run_command
 from sparse_mlp.errors import UserError
 
 _BATCH = 10_000  # images in one official file
@@ -87,18 +86,11 @@ def _list(items: list[bytes], slot: int) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after a user's mistake, in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    given = parser.parse_args(argv)
-    try:
-        files = rebuild_cifar10(given.source, given.out)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(files)} files with the official md5 in {files[0].parent}")
-    return 0
+    def convert(source: Path, out: Path) -> str:
+        files = rebuild_cifar10(source, out)
+        return f"{len(files)} files with the official md5 in {files[0].parent}"
+
+    return run_command(convert, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ measured on it is not comparable with figures for all of CIFAR-100, whose offici
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.data.strips import read_strips
+from experiments.data.strips import read_strips, run_command
 from sparse_mlp.errors import UserError
 
 
@@ -38,18 +37,7 @@ def write_fifth(source: Path, out: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after a user's mistake, in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    given = parser.parse_args(argv)
-    try:
-        written = write_fifth(given.source, given.out)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{written:,} images in {given.out}")
-    return 0
+    return run_command(lambda source, out: f"{write_fifth(source, out):,} images in {out}", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,3 +35,17 @@ def read_strips(archives: Sequence[Path]) -> np.ndarray:
         except (zipfile.BadZipFile, zlib.error, UnidentifiedImageError, ValueError) as error:
             raise UserError(f"{archive} is damaged: {error}") from error
     return np.concatenate(strips)
+
+
+def run_command(convert: Callable[[Path, Path], str], description: str | None, argv: Sequence[str] | None) -> int:
+    """`convert(SOURCE, OUT)` from a command line. Returns the exit code: 0, or 2 after a user's mistake, one line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    given = parser.parse_args(argv)
+    try:
+        print(convert(given.source, given.out))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

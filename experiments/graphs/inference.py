@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from experiments.graphs.common import Gcn, dense_features, edge_index
-from sparse_mlp.data.edges import planted_graph
+from experiments.graphs.random_graphs import planted_graph
 from sparse_mlp.data.graphs import feature_rows
 from sparse_mlp.jobs.nodes import GraphConfig, load_configured
 from sparse_mlp.models.graph_mlp import GraphMlp

@@ -31,7 +31,7 @@ from experiments.graphs.common import (
     plain,
     published,
 )
-from sparse_mlp.data.edges import corrupt_edges
+from experiments.graphs.random_graphs import corrupt_edges
 from sparse_mlp.data.graphs import Graph
 from sparse_mlp.jobs.nodes import GraphConfig, load_configured
 

@@ -11,7 +11,8 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from sparse_mlp.data.edges import add_knn_edges, corrupt_edges, planted_graph, prune_edges
+from experiments.graphs.random_graphs import planted_graph
+from sparse_mlp.data.edges import add_knn_edges, prune_edges
 from sparse_mlp.data.graph_files import Split, from_data, load_graph
 from sparse_mlp.data.graphs import from_arrays, random_split, rows_sum_to_one
 from sparse_mlp.data.node_batches import NodeBatches, eval_batches, hop_weights, normalized_adjacency
@@ -137,15 +138,6 @@ def test_random_splits_are_disjoint_and_need_enough_nodes(graph):
     assert not np.array_equal(one.splits["train"], two.splits["train"])
     with pytest.raises(ValueError, match=r"100 training and 100 validation nodes .* are 201"):
         random_split(graph, 0, train=100, val=100)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_corruption_replaces_that_share_of_the_edges(graph, share):
-    changed = corrupt_edges(graph, share, seed=0)
-    assert changed.num_edges == graph.num_edges
-    kept = graph.adjacency.multiply(changed.adjacency).nnz // 2
-    assert kept == graph.num_edges - round(share * graph.num_edges)
-    assert (changed.adjacency != changed.adjacency.T).nnz == 0 and changed.adjacency.diagonal().sum() == 0
 
 
 def test_trusted_edges_are_those_of_similar_ends():

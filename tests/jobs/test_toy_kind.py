@@ -16,7 +16,7 @@ import sparse_mlp
 from sparse_mlp import recipes
 from sparse_mlp.cli.main import main
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, Task, TrainConfig
-from sparse_mlp.jobs import Context, Job, PredictOptions, Recipe, Row, kinds, load_weights, register
+from sparse_mlp.jobs import Context, Job, PredictOptions, Recipe, Row, kinds, load_weights, register, summarize
 
 
 # --8<-- [start:kind]
@@ -96,6 +96,14 @@ def test_the_verbs_serve_it(run: sparse_mlp.Run, tmp_path: Path, capsys: pytest.
     assert json.loads((tmp_path / "y.json").read_text())[0]["y"] == pytest.approx(6, abs=0.5)
     assert main(["report", str(run.path)]) == 0 and (run.path / "report.html").stat().st_size > 1000
     assert main(["export", str(run.path), str(tmp_path / "x.safetensors")]) == 2
+
+
+def test_a_comparison_shows_what_it_costs(run: sparse_mlp.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameters of its weights file, and what the kind itself can say."""
+    row = summarize(run)
+    assert (row.steps, row.parameters, row.macs, row.scores) == (20, 2, None, {})
+    monkeypatch.setattr(LineJob, "cost", classmethod(lambda cls, run: (2, 1)))
+    assert summarize(run).macs == 1
 
 
 def test_it_is_resumed_to_the_bit(run: sparse_mlp.Run, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from experiments.graphs.random_graphs import planted_graph
 from sparse_mlp import distributed
-from sparse_mlp.data.edges import planted_graph
 from sparse_mlp.data.node_batches import NodeBatches
 from sparse_mlp.models.graph_mlp import GraphMlp
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig

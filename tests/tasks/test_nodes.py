@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_mlp.data.edges import planted_graph
+from experiments.graphs.random_graphs import planted_graph
 from sparse_mlp.data.node_batches import NodeBatches, eval_batches
 from sparse_mlp.models.graph_mlp import GraphMlp, n_contrast
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
-from sparse_mlp.data.edges import planted_graph
+from experiments.graphs.random_graphs import planted_graph
 from sparse_mlp.data.graphs import feature_rows
 from sparse_mlp.data.node_batches import NodeBatches, eval_batches, normalized_adjacency
 from sparse_mlp.engine import RunFolder, TrainConfig

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch_geometric")
-pytest.importorskip("scipy")
 
 from experiments.graphs import common, figures, robustness, table
-from sparse_mlp.data.edges import planted_graph
+from experiments.graphs.random_graphs import corrupt_edges, planted_graph
 from sparse_mlp.jobs.nodes import GraphConfig, load_configured
 
 
@@ -82,7 +81,17 @@ def test_every_method_has_a_row(
 @pytest.mark.slow  # trains on Cora: about 20 s
 def test_corrupted_edges_reach_the_training(short: None, data_root: Path, tmp_path: Path):
     clean = load_configured(GraphConfig("cora"))
-    graph = robustness.corrupt_edges(clean, 1.0, 1000)
+    graph = corrupt_edges(clean, 1.0, 1000)
     found = {method: robustness.before(method, graph, 1.0, 0, tmp_path) for method in robustness.METHODS}
     assert found["gcn"]["test"] < 50
     assert all(0 < run["test"] < 100 for run in found.values())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_corruption_replaces_that_share_of_the_edges(share):
+    graph = planted_graph(400, 1200, classes=3, features=8)
+    changed = corrupt_edges(graph, share, seed=0)
+    assert changed.num_edges == graph.num_edges
+    kept = graph.adjacency.multiply(changed.adjacency).nnz // 2
+    assert kept == graph.num_edges - round(share * graph.num_edges)
+    assert (changed.adjacency != changed.adjacency.T).nnz == 0 and changed.adjacency.diagonal().sum() == 0

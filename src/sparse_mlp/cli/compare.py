@@ -13,8 +13,8 @@ from sparse_mlp import distributed, jobs, recipes
 from sparse_mlp.cli.output import add_row, console, table
 from sparse_mlp.cli.parse import HELP_ALL, parse_known, split_names
 from sparse_mlp.cli.train import change
-from sparse_mlp.engine.run import writing_into
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import writing_into
 from sparse_mlp.jobs import Recipe, Run
 from sparse_mlp.report import write_comparison
 

@@ -13,8 +13,8 @@ from typing import Any
 from sparse_mlp import jobs
 from sparse_mlp.cli.output import add_row, console, table
 from sparse_mlp.cli.parse import asks_help, parse, parse_known
-from sparse_mlp.engine.run import replacing
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import replacing
 from sparse_mlp.jobs import PredictOptions, Row
 
 _DESCRIPTION = """Predict with a trained run.

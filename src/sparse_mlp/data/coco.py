@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +29,7 @@ from sparse_mlp.data.coco_transforms import (
 )
 from sparse_mlp.data.decode import BadImageError, decode_image, display_name, read_orientation
 from sparse_mlp.data.randomness import epoch_seeds
+from sparse_mlp.data.tree import Tree
 from sparse_mlp.errors import UserError
 
 __all__ = ["CocoConfig", "CocoData", "CocoImages", "check_coco_config", "load_image", "open_coco"]
@@ -209,15 +208,15 @@ def trainable(objects: Sequence[Record]) -> bool:
     return any(not record["iscrowd"] for record in objects)
 
 
-def _open_split(config: CocoConfig, root: Path, split: str, masks: bool) -> tuple[Annotations, Source]:
+def _open_split(config: CocoConfig, root: Path, split: str, masks: bool) -> tuple[Annotations, Tree]:
     test = split == "val"
     given = config.test_annotations if test else config.train_annotations
     path = _find(root, given, _ANNOTATIONS, split, "annotations")
     images = _find(root, config.test_images if test else config.train_images, _IMAGES, split, "images")
     # Objects are evaluated by their boxes where they have no masks.
     found = read_annotations(path, on_bad_record=config.on_bad_record, masks=masks)
-    source = ZipSource(images) if images.suffix.lower() == ".zip" else FolderSource(images)
-    missing = [image for image in found.images if not source.has(image["file_name"])]
+    source = Tree(images)
+    missing = [image for image in found.images if image["file_name"] not in source]
     if missing:
         named = [f"image {image['id']}: there is no {image['file_name']} in {images}" for image in missing]
         if config.on_bad_record == "error":
@@ -243,55 +242,6 @@ def _find(root: Path, given: str | None, names: Sequence[str], split: str, what:
     raise FileNotFoundError(f"{root} has no {split} {what}; looked for {listed}")
 
 
-class FolderSource:
-    """Image files below a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder
-        self.names = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-
-    def has(self, name: str) -> bool:
-        return name in self.names or ("/" in name and (self.path / name).is_file())
-
-    def read(self, name: str) -> bytes:
-        path = self.path / name
-        if not path.is_file():
-            raise OSError("not a regular file" if path.exists() else "there is no such file")
-        return path.read_bytes()
-
-
-class ZipSource:
-    """Image files in a zip, in its top folder or in one of the zip's own name (val2017.zip has val2017/)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.namelist()
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} cannot be read as a zip: {error}") from error
-        prefix = f"{path.stem}/"
-        self.members = {name.removeprefix(prefix): name for name in members}
-        self._open: tuple[int, zipfile.ZipFile] | None = None
-
-    def has(self, name: str) -> bool:
-        return name in self.members
-
-    def read(self, name: str) -> bytes:
-        if self._open is None or self._open[0] != os.getpid():  # processes cannot share the position in a file
-            self._open = (os.getpid(), zipfile.ZipFile(self.path))
-        try:
-            return self._open[1].read(self.members[name])
-        except (KeyError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            raise OSError(str(error)) from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}
-
-
-Source = FolderSource | ZipSource
-
-
 class CocoImages:
     """Images with their objects by index.
 
@@ -300,9 +250,7 @@ class CocoImages:
     in pixels of `image`, `labels` (N,) from 0 and `masks` (N, H, W) uint8; and `index` (B,).
     """
 
-    def __init__(
-        self, annotations: Annotations, source: Source, config: CocoConfig, *, train: bool, masks: bool
-    ) -> None:
+    def __init__(self, annotations: Annotations, source: Tree, config: CocoConfig, *, train: bool, masks: bool) -> None:
         self.annotations, self.source, self.config = annotations, source, config
         self.train, self.masks = train, masks
         self.labels = annotations.labels()
@@ -367,8 +315,9 @@ class CocoImages:
     def load(self, index: int, *, objects: bool = True) -> tuple[Scene, int]:
         """An image upright, as it is stored otherwise, with its objects but the crowds, and its EXIF orientation."""
         record = self.annotations.images[index]
-        content = self._content(record)
-        image, orientation = load_image(io.BytesIO(content), record, f"{self.source.path}/{record['file_name']}")
+        name = record["file_name"]
+        with self.source.open(name) as file:
+            image, orientation = load_image(file, record, self.source.display(name))
         found = [o for o in self.annotations.objects.get(record["id"], []) if objects and not o["iscrowd"]]
         xywh = torch.tensor([o["bbox"] for o in found], dtype=torch.float32).reshape(-1, 4)
         boxes = torch.cat((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), dim=1)
@@ -381,13 +330,6 @@ class CocoImages:
         boxes = turn_boxes(boxes, orientation, record["width"], record["height"])
         return clip_boxes(Scene(image, boxes, labels, masks)), orientation
 
-    def _content(self, record: Record) -> bytes:
-        try:
-            return self.source.read(record["file_name"])
-        except OSError as error:
-            name = display_name(f"{self.source.path}/{record['file_name']}")
-            raise BadImageError(f"cannot read image {name}: {error.strerror or error}") from error
-
     def _augment(self, scene: Scene, draw: np.random.Generator) -> Scene:
         config = self.config
         if config.crop and draw.random() < 0.5:
@@ -398,7 +340,7 @@ class CocoImages:
         return clip_boxes(resize(scene, fitted_size(scene.image.size, short, config.max_side)))
 
 
-def load_image(file: io.BytesIO, record: Record, name: str) -> tuple[Image.Image, int]:
+def load_image(file: IO[bytes], record: Record, name: str) -> tuple[Image.Image, int]:
     """The image of a record upright, and the orientation that leads from the frame of its annotations to it.
 
     The size that the record states tells the frame: that of the stored pixels, or of a tool that turned them already.

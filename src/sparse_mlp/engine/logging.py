@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_mlp.distributed import mean, world_size
-from sparse_mlp.engine.run import RunFolder, naming
+from sparse_mlp.engine.run import RunFolder
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import naming
 from sparse_mlp.moe import telemetry
 
 

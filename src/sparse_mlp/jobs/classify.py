@@ -41,7 +41,7 @@ from sparse_mlp.jobs.images import (
 )
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model
-from sparse_mlp.jobs.recipe import ModelConfig, Recipe
+from sparse_mlp.jobs.recipe import InferenceConfig, ModelConfig, Recipe
 from sparse_mlp.report import write_classification_report, write_predictions_csv
 from sparse_mlp.report.cost import count_macs
 from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
@@ -74,6 +74,8 @@ class ClassifyEvalOptions(EvalOptions):
     data: DataConfig = field(default_factory=DataConfig)
     """Left out: the run's own images, split as they were. The classes of another set are matched by name."""
 
+    model: InferenceConfig = field(default_factory=InferenceConfig)
+
 
 @dataclass(frozen=True)
 class ClassifyPredictOptions(PredictOptions):
@@ -81,6 +83,8 @@ class ClassifyPredictOptions(PredictOptions):
 
     top: int = 5
     """How many classes to give for each image."""
+
+    model: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -139,14 +143,15 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         context = Context(run if own else None, trusted=options.trust_data or not own)
         data = open_images(images, AugmentConfig(), context, classes=spec.classes)
         log_notes(data)
-        model = load_trained(run, options.checkpoint, replace(data.spec, classes=spec.classes))
+        spec = replace(data.spec, classes=spec.classes)
+        model = load_trained(run, options.checkpoint, spec, options.model.args)
         return evaluate_model(model, recipe.task, data, images, device)
 
     @classmethod
     def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
         """For each image its likeliest classes and their probabilities, `class_1`, `probability_1`, `class_2`, ..."""
         assert isinstance(options, ClassifyPredictOptions)
-        spec, model = load_inputs(run), load_trained(run, options.checkpoint)
+        spec, model = load_inputs(run), load_trained(run, options.checkpoint, args=options.model.args)
         top = min(options.top, len(spec.classes))
 
         def classify(images: torch.Tensor) -> list[Row]:

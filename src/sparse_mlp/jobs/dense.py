@@ -126,14 +126,15 @@ def load_classes(run: RunFolder) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def build_feature_maps(config: ModelConfig, *, image_size: int, channels: int = 3) -> FeatureMaps:
-    """The maps of a timm model, with the weights that its configuration names.
+def build_backbone(config: ModelConfig, *, image_size: int, channels: int = 3) -> nn.Module:
+    """The timm model of a configuration with the weights that it names; `image_size` is the side of the training
+    images, which models of a fixed size are built for. UserError, one line, for all that `build_model` refuses."""
+    return build_model(config, InputSpec(("",), channels, image_size, IMAGENET_MEAN, IMAGENET_STD, 1.0))
 
-    `image_size` is the side of the training images, which models of a fixed size are built for. UserError, one line,
-    for all that `build_model` refuses and for a model that gives no pyramid.
-    """
-    spec = InputSpec(("",), channels, image_size, IMAGENET_MEAN, IMAGENET_STD, 1.0)
-    model = build_model(config, spec)
+
+def build_feature_maps(config: ModelConfig, *, image_size: int, channels: int = 3) -> FeatureMaps:
+    """The feature maps of `build_backbone`'s model. UserError for a model that gives no pyramid."""
+    model = build_backbone(config, image_size=image_size, channels=channels)
     try:
         return FeatureMaps(model)
     except ValueError as error:

@@ -42,7 +42,13 @@ class Context:
     names are not trusted."""
 
     datasets: tuple[Dataset, Dataset] | None = None
-    """Training and test set of a user's own, in place of the set that the recipe names."""
+    """Training and test set of a user's own, in place of the set that the recipe names. UserError unless there are two.
+    """
+
+    def __post_init__(self) -> None:
+        given: Any = self.datasets
+        if given is not None and (not isinstance(given, tuple | list) or len(given) != 2):
+            raise UserError(f"datasets are a training and a test set, (train, test), not {type(given).__name__}")
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ class Job(ABC, Generic[R]):
 
     @classmethod
     def cost(cls, run: RunFolder) -> tuple[int | None, int | None]:
-        """Parameters, and multiply-adds of one item; None where it was not measured or does not apply."""
+        """Parameters of the run's model, and its multiply-adds for one item; None where that is not known."""
         return None, None
 
     @classmethod

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
-from sparse_mlp.engine.run import read_json, write_npz
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import read_json, write_npz
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, PredictOptions, Row, check_export_target
 from sparse_mlp.jobs.model import load_weights
 from sparse_mlp.jobs.recipe import Recipe
@@ -27,8 +27,8 @@ from sparse_mlp.report import write_predictions_csv
 from sparse_mlp.report.nodes import write_node_report
 from sparse_mlp.weights.write import write_file
 
-if missing := [name for name in ("scipy", "torch_geometric") if find_spec(name) is None]:
-    raise UserError(f"graphs need {' and '.join(missing)}: pip install 'sparse-mlp[graph]'")
+if find_spec("torch_geometric") is None:
+    raise UserError("graphs need torch_geometric: pip install 'sparse-mlp[graph]'")
 
 from sparse_mlp.data.edges import add_knn_edges, prune_edges
 from sparse_mlp.data.graph_config import GraphConfig, load_configured

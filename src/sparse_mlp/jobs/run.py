@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from sparse_mlp import distributed
 from sparse_mlp.engine import LENGTHS, Evaluation, RunFolder, check_longer
-from sparse_mlp.engine.run import write_json, write_npz, writing_into
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import write_json, write_npz, writing_into
 from sparse_mlp.jobs.job import Context, Job, Row
 from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.recipe import Recipe, change_fields, differences, override, to_json
@@ -113,7 +113,7 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         raise UserError(f"train takes a recipe, not {recipe!r}: sparse_mlp.recipe(NAME, ...) gives one")
-    context = Context(trusted=True, datasets=_pair(datasets))
+    context = Context(trusted=True, datasets=datasets)
     return _start(recipe, context, Path(out) if out is not None else None, resume=False, show=show)
 
 
@@ -140,7 +140,7 @@ def resume(
         raise UserError(f"changes are a dictionary of fields or a recipe, not {changes!r}")
     requested = changes if isinstance(changes, Recipe) else override(stored, changes or {})
     check_resume(run.path, stored, requested)
-    context = Context(run.folder, trusted=trusted, datasets=_pair(datasets))
+    context = Context(run.folder, trusted=trusted, datasets=datasets)
     return _start(requested, context, run.path, resume=True, show=show)
 
 
@@ -149,15 +149,6 @@ def check(recipe: Recipe, out: Path) -> None:
     kind = job_type(recipe.kind)
     with distributed.join(kind.device_of(recipe)) as device:
         kind(recipe, Context(trusted=True)).prepare(RunFolder(choose_folder(recipe.name, out, resume=False)), device)
-
-
-def _pair(datasets: Any) -> tuple[Dataset, Dataset] | None:
-    """UserError for anything but a training and a test set."""
-    if datasets is None:
-        return None
-    if not isinstance(datasets, tuple | list) or len(datasets) != 2:
-        raise UserError(f"datasets are a training and a test set, (train, test), not {type(datasets).__name__}")
-    return datasets[0], datasets[1]
 
 
 def _start(recipe: Recipe, context: Context, out: Path | None, *, resume: bool, show: bool) -> Run:
@@ -203,7 +194,11 @@ def _finish(run: RunFolder, job: Job, evaluation: Evaluation) -> None:
 
 
 def check_resume(folder: Path, stored: Recipe, requested: Recipe) -> None:
-    """UserError if a run would go on with other settings than it began with, or longer than its schedule allows."""
+    """UserError if a run would go on with other settings than it began with, or longer than its schedule allows.
+
+    Of all fields of a recipe, before anything is built; `engine.resume` compares what the checkpoint was saved with,
+    also for a Trainer without a recipe and for a config.json that was edited since.
+    """
     free = job_type(stored.kind).free | {f"train.{name}" for name in LENGTHS}
     changed = {name: values for name, values in differences(stored, requested).items() if name not in free}
     if changed:

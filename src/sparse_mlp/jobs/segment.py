@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sparse_mlp import weights
 from sparse_mlp.data import BadImageError, display_name, eval_loader, find_images, read_image, train_loader
 from sparse_mlp.data.loader import steps_per_epoch
 from sparse_mlp.data.segmentation import (
@@ -24,10 +25,11 @@ from sparse_mlp.data.segmentation import (
 from sparse_mlp.data.segmentation_config import SegmentationConfig
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.dense import DenseJob, build_feature_maps, load_classes
-from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row
+from sparse_mlp.jobs.dense import DenseJob, build_backbone, build_feature_maps, load_classes, without_weights
+from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, check_export_target
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.segmenters import FcnHead, Norm, Segmenter, SemanticFpn, UperNet
+from sparse_mlp.models.smp_segmenter import SmpSegmenter, smp_decoders
 from sparse_mlp.report.cost import count_macs
 from sparse_mlp.report.overlay import overlay, with_legend
 from sparse_mlp.report.segmentation import SegmentedImage, write_segmentation_report
@@ -35,6 +37,7 @@ from sparse_mlp.tasks.segment import InferenceConfig, Segment, SegmentConfig, se
 
 _log = logging.getLogger(__name__)
 
+_HEADS: dict[str, Any] = {"upernet": UperNet, "semantic_fpn": SemanticFpn}
 _SHOWN = 4  # best and worst images on the page
 
 
@@ -126,20 +129,24 @@ class SegmentJob(DenseJob[SegmentRecipe]):
         )
 
     @classmethod
-    def build(cls, recipe: SegmentRecipe, classes: tuple[str, ...], config: ModelConfig | None = None) -> Segmenter:
-        maps = build_feature_maps(config or recipe.model, image_size=recipe.data.image_size)
-        head, width = recipe.head, recipe.head.width
-        if not 0 <= head.dropout < 1 or (width is not None and width < 1):
-            raise UserError(f"head.dropout {head.dropout} and head.width {width} are not a share and a width")
+    def build(
+        cls, recipe: SegmentRecipe, classes: tuple[str, ...], config: ModelConfig | None = None
+    ) -> Segmenter | SmpSegmenter:
+        config, head = config or recipe.model, recipe.head
+        if not 0 <= head.dropout < 1 or (head.width is not None and head.width < 1):
+            raise UserError(f"head.dropout {head.dropout} and head.width {head.width} are not a share and a width")
+        if head.name.startswith("smp_"):
+            return _build_smp(config, recipe, len(classes))
+        if head.name not in _HEADS:
+            raise UserError(f"unknown head {head.name!r}; allowed are {', '.join(_HEADS)} and smp_NAME")
+        maps = build_feature_maps(config, image_size=recipe.data.image_size)
         options: dict[str, Any] = {"dropout": head.dropout, "norm": head.norm}
-        options |= {} if width is None else {"width": width}
-        if head.name == "upernet":
+        options |= {} if head.width is None else {"width": head.width}
+        decoder = _HEADS[head.name](maps.channels, len(classes), **options)
+        auxiliary = None
+        if head.name == "upernet" and recipe.task.auxiliary_weight > 0:
             auxiliary = FcnHead(maps.channels[-2], len(classes), dropout=head.dropout, norm=head.norm)
-            weighs = recipe.task.auxiliary_weight > 0
-            return Segmenter(maps, UperNet(maps.channels, len(classes), **options), auxiliary if weighs else None)
-        if head.name == "semantic_fpn":
-            return Segmenter(maps, SemanticFpn(maps.channels, len(classes), **options))
-        raise UserError(f"unknown head {head.name!r}; allowed are upernet, semantic_fpn and smp_NAME")
+        return Segmenter(maps, decoder, auxiliary)
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
         for note in self.data.notes:
@@ -181,7 +188,7 @@ class SegmentJob(DenseJob[SegmentRecipe]):
         recipe, classes, paths = cls.stored(run), load_classes(run), find_images(files)
         inference = options.inference or recipe.inference
         model = cls.load(run, options.checkpoint)
-        assert isinstance(model, Segmenter)
+        assert isinstance(model, Segmenter | SmpSegmenter)
         options.pictures.mkdir(parents=True, exist_ok=True)
         rows: list[Row] = []
         for path, name in zip(paths, _distinct(paths), strict=True):
@@ -215,7 +222,7 @@ class SegmentJob(DenseJob[SegmentRecipe]):
         with np.load(path, allow_pickle=False) as archive:
             evaluated = {name: archive[name] for name in ("index", "iou", "confusion", "class_iou", "files")}
         model = cls.load(run)
-        assert isinstance(model, Segmenter)
+        assert isinstance(model, Segmenter | SmpSegmenter)
         macs = count_macs(model, 3, recipe.data.image_size)[""]
         best: list[SegmentedImage] = []
         worst: list[SegmentedImage] = []
@@ -227,8 +234,62 @@ class SegmentJob(DenseJob[SegmentRecipe]):
         return write_segmentation_report(run.path, classes, evaluated, best=best, worst=worst, macs=macs)
 
 
+def convert_mmseg(source: Path, recipe: SegmentRecipe, target: Path) -> int:
+    """Write mmsegmentation's checkpoint of a recipe's model as safetensors in our layout; returns how many tensors.
+
+    The recipe decides on backbone and head, the file on the number of classes. UserError, with the lists of names, for
+    weights that do not fit; FileNotFoundError if there is no such file.
+    """
+    check_export_target(target)
+    if not source.is_file():
+        raise FileNotFoundError(f"no file {source}")
+    stored = weights.read_file(source)
+    stored = {str(name).removeprefix("module."): value for name, value in stored.get("state_dict", stored).items()}
+    head = weights.head_from_mmseg(stored)
+    if "head.classify.weight" not in head:
+        raise UserError(f"{source} has no decode_head.conv_seg: it is no segmenter of mmsegmentation's")
+    classes = len(head["head.classify.weight"])
+    with torch.device("meta"):
+        model = SegmentJob.build(recipe, ("",) * classes, without_weights(recipe.model))
+    backbone = weights.adapt({k: v for k, v in stored.items() if k.startswith("backbone.")}, model.model)
+    found = head | {f"maps.getter.model.{name}": value for name, value in backbone.items()}
+    expected = weights.shapes(model.state_dict())
+    weights.add_batch_counters(found, expected)
+    weights.check_fit(weights.shapes(found), expected, f"the weights in {source} do not fit {recipe.name}")
+    weights.write_file(found, target, {"format": "pt", "recipe": recipe.name})
+    return len(found)
+
+
+def _build_smp(config: ModelConfig, recipe: SegmentRecipe, classes: int) -> SmpSegmenter:
+    """The backbone of a recipe under a decoder of segmentation-models-pytorch, as that library builds it."""
+    head, default = recipe.head, HeadConfig()
+    given = [name for name in ("width", "dropout", "norm") if getattr(head, name) != getattr(default, name)]
+    if given:
+        name, value = given[0], getattr(default, given[0])
+        own = f"{head.name} has its own; give --head.{name} {value}"
+        raise UserError(f"head.{name} {getattr(head, name)} would be ignored: {own}")
+    if config.args:
+        raise UserError(
+            f"model.args {config.args} would be ignored: {head.name} builds {config.name} without arguments"
+        )
+    decoder = head.name.removeprefix("smp_")
+    try:
+        known = smp_decoders()
+    except ImportError:
+        raise UserError(
+            f"head {head.name} needs segmentation-models-pytorch: pip install 'sparse-mlp[segment]'"
+        ) from None
+    if decoder not in known:
+        raise UserError(f"unknown head {head.name!r}; allowed are {', '.join(f'smp_{name}' for name in known)}")
+    model = build_backbone(config, image_size=recipe.data.image_size)
+    try:
+        return SmpSegmenter(model, config.name, decoder, classes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def classify_pixels(
-    model: Segmenter, image: Image.Image, short_side: int | None, inference: InferenceConfig
+    model: Segmenter | SmpSegmenter, image: Image.Image, short_side: int | None, inference: InferenceConfig
 ) -> np.ndarray:
     """The class of every pixel of an RGB image, (H, W) uint8."""
     with torch.inference_mode():
@@ -237,7 +298,7 @@ def classify_pixels(
 
 
 def _examples(
-    model: Segmenter, data: SegmentationData, evaluated: dict[str, np.ndarray], recipe: SegmentRecipe
+    model: Segmenter | SmpSegmenter, data: SegmentationData, evaluated: dict[str, np.ndarray], recipe: SegmentRecipe
 ) -> tuple[list[SegmentedImage], list[SegmentedImage]]:
     """The test images with the highest and the lowest IoU, found by their names."""
     places = {pair.name: i for i, pair in enumerate(data.test.pairs)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sparse_mlp.jobs.run import Run
 from sparse_mlp.report import read_run
+from sparse_mlp.report.compare_table import numbers
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Summary:
     steps: int | None
     parameters: int | None
     macs: int | None
-    """Multiply-adds for one image."""
+    """Multiply-adds for one item."""
 
     items_per_s: float | None
     busiest: float | None
@@ -27,15 +28,14 @@ class Summary:
 
 def summarize(run: Run) -> Summary:
     """FileNotFoundError if the run has not finished."""
-    results, measured = run.metrics, read_run(run.path)
-    scores = {name: f"{results[name]:.2%}" for name in run.job.scores if name in results}
-    loads = [routing.final_load() for routing in measured.routing.values()]
-    parameters, macs = run.job.cost(run.folder)
+    results, job = run.metrics, run.job
+    parameters, macs = job.cost(run.folder)
+    measured = numbers(read_run(run.path), macs)
     return Summary(
-        scores=scores,
-        steps=measured.last_step,
-        parameters=parameters,
+        scores={name: f"{results[name]:.2%}" for name in job.scores if name in results},
+        steps=measured.steps,
+        parameters=measured.parameters if parameters is None else parameters,
         macs=macs,
         items_per_s=measured.items_per_s,
-        busiest=max((float(load.max()) * len(load) for load in loads), default=None),
+        busiest=measured.busiest_expert,
     )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_mlp.moe.dense import Parts, read_mlp
 from sparse_mlp.moe.eager import onednn_is_faster, runs_eagerly_on_cpu
 
 __all__ = ["DType", "Device", "Linear", "Mlp", "linear"]
@@ -121,3 +122,8 @@ class Mlp(nn.Module):
         if len(pieces) == 1:
             return self.fc2(self.fc1(x))
         return torch.cat([self.fc2(self.fc1(piece)) for piece in pieces]).view(x.shape)
+
+
+@read_mlp.register
+def _(mlp: Mlp) -> Parts:
+    return Parts(("fc1",), "fc2", nn.GELU())

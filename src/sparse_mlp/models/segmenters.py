@@ -147,6 +147,11 @@ class Segmenter(nn.Module):
         """Height and width of the only images that the model takes; None for a model that takes any."""
         return self.maps.fixed_size
 
+    @property
+    def model(self) -> nn.Module:
+        """The bare timm model."""
+        return self.maps.model
+
     def forward(self, x: Tensor, auxiliary: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         maps = self.maps(x)
         logits = resize_to(self.head(maps), x)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import timm
+from torch.utils.data import Dataset
 
 from sparse_mlp.data import DataConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import ModelConfig, Recipe, check_model_name, override
 from sparse_mlp.jobs.classify import ClassifyRecipe
+from sparse_mlp.jobs.images import OWN_DATASETS
 from sparse_mlp.models import registered_names
 from sparse_mlp.recipes import (
     as_mlp,
@@ -29,6 +32,7 @@ from sparse_mlp.recipes import (
     imagenet,
     moco,
     own_images,
+    own_masks,
     pretrained,
     segmentation,
 )
@@ -63,6 +67,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         graphs.physics,
         graphs.graph,
         segmentation.camvid,
+        own_masks.segment,
         imagenet.imagenet_sparse_s,
         imagenet.imagenet_sparse_b,
         imagenet.imagenet_sparse_l,
@@ -111,7 +116,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 }
 
 
-def get(name: str, given: Any = None) -> Recipe:
+def get(name: str, given: Any = None, datasets: tuple[Dataset, Dataset] | None = None) -> Recipe:
     """The recipe of that name, fitted to what was `given` (the recipe with the user's changes) where it fits itself.
 
     UserError with the nearest names if there is neither a recipe nor a model of that name.
@@ -120,35 +125,41 @@ def get(name: str, given: Any = None) -> Recipe:
         raise UserError(f"a recipe is called by its name, a str, not by {name!r}")
     if name in RECIPES:
         function = RECIPES[name]
-        return function(given) if given is not None and inspect.signature(function).parameters else function()
+        values = {"given": given, "datasets": datasets} if given is not None else {}
+        return function(**{key: values[key] for key in inspect.signature(function).parameters if key in values})
     if timm.is_model(name):
         check_model_name(name)
         default = ClassifyRecipe(name=name, model=ModelConfig(name), data=DataConfig(pretrained.NOT_GIVEN))
-        return own_images.fit_to_images(default, given) if given is not None else default
+        return own_images.fit_to_images(default, given, datasets) if given is not None else default
     near = difflib.get_close_matches(name, [*RECIPES, *registered_names()], n=3, cutoff=0.4)
     near = near or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
     known = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(RECIPES)}, and the models of timm"
     raise UserError(f"unknown recipe {name!r}; {known}")
 
 
-def resolve(name: str, change: Callable[[Recipe], Recipe]) -> Recipe:
+def resolve(name: str, change: Callable[[Recipe], Recipe], datasets: tuple[Dataset, Dataset] | None = None) -> Recipe:
     """The recipe of that name with a user's changes; the other fields may depend on these changes.
 
     `change` applies the changes to a recipe. It is called twice: to learn what the user gave, and for the result.
     """
-    recipe = change(get(name, change(get(name))))
+    recipe = change(get(name, change(get(name)), datasets))
     if name not in RECIPES:
         own_images.describe(recipe)  # type: ignore[arg-type]
     return recipe
 
 
-def recipe(name: str, /, **changes: Any) -> Recipe:
+def recipe(name: str, /, *, datasets: tuple[Dataset, Dataset] | None = None, **changes: Any) -> Recipe:
     """A recipe by name with other values in some fields: `recipe("cifar10_sparse", train=dict(epochs=2))`.
 
-    What depends on the changed fields follows: one length replaces the other, learning rates follow the batch size.
+    What depends on the changed fields follows: one length replaces the other, learning rates follow the batch size. The
+    settings of a model, and of recipes that begin with weights, fit the images: those that `data` names, or `datasets`,
+    a training and a test set of your own, which are then given to `train` too.
     UserError with the nearest names for an unknown recipe or field, or a wrong value.
     """
-    return resolve(name, lambda default: override(default, changes))
+    if datasets is not None:
+        data = changes.get("data", {})
+        changes["data"] = {**(asdict(data) if isinstance(data, DataConfig) else data), "name": OWN_DATASETS}
+    return resolve(name, lambda default: override(default, changes), datasets)
 
 
 __all__ = ["RECIPES", "get", "recipe", "resolve"]

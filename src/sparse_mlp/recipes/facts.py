@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch.utils.data import Dataset
+
 from sparse_mlp.data import AugmentConfig, DataConfig
 from sparse_mlp.jobs import Context
 from sparse_mlp.jobs.images import open_images
@@ -35,8 +37,8 @@ class DatasetFacts:
         return 2 ** (size.bit_length() - 1)
 
 
-def inspect_dataset(data: DataConfig) -> DatasetFacts:
-    """Open a set that the user named. UserError or OSError as `build_datasets`."""
-    images = open_images(data, AugmentConfig(), Context(trusted=True))
+def inspect_dataset(data: DataConfig, datasets: tuple[Dataset, Dataset] | None = None) -> DatasetFacts:
+    """Open a set that the user named, or the user's own. UserError or OSError as `build_datasets`."""
+    images = open_images(data, AugmentConfig(), Context(trusted=True, datasets=datasets))
     spec = images.spec
     return DatasetFacts(len(images.train), len(spec.classes), spec.image_size, spec.channels)  # type: ignore[arg-type]

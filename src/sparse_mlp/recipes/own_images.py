@@ -22,6 +22,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from timm.models import PretrainedCfg, get_pretrained_cfg
+from torch.utils.data import Dataset
 
 from sparse_mlp.data import AugmentConfig, DataConfig
 from sparse_mlp.engine import LENGTHS, OptimConfig, ScheduleConfig, TrainConfig
@@ -40,20 +41,27 @@ _MAX_SIDE_ON_CPU = 128  # pixels: larger images take hours without a GPU
 _GREY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L")
 
 
-def fit_to_images(default: ClassifyRecipe, given: ClassifyRecipe) -> ClassifyRecipe:
-    """The settings for the model on the images that the user named. UserError if none are named."""
+def fit_to_images(
+    default: ClassifyRecipe, given: ClassifyRecipe, datasets: tuple[Dataset, Dataset] | None = None
+) -> ClassifyRecipe:
+    """The settings for the model on the images that the user named, or the user's own. UserError if there are none."""
     if given.data.root is None and given.data.name == default.data.name:
-        raise UserError(f"which images? {default.name} is a model: --data.root FOLDER, or --data.name SET")
+        raise UserError(
+            f"which images? {default.name} is a model: --data.root FOLDER, or --data.name SET; "
+            "sparse_mlp.recipe takes datasets=(train, test) too"
+        )
     data = given.data
     if data.root is not None and data.name == default.data.name:
         data = replace(data, name="folder")
-    dataset = open_images(replace(data, batch_size=1), AugmentConfig(), Context(trusted=True))
+    context = Context(trusted=True, datasets=datasets)
+    dataset = open_images(replace(data, batch_size=1), AugmentConfig(), context)
     count = len(dataset.train)  # type: ignore[arg-type]
     if not count:
         raise UserError(f"data.test_share {data.test_share} leaves no image of {data.root or data.name} to train on")
-    model = replace(given.model, pretrained=given.model.weights is None and _can_fetch(given.model))
+    model = replace(given.model, pretrained=given.model.weights is None and can_fetch(given.model))
     from_weights = model.pretrained or model.weights is not None
-    names = file_names(dataset.train, range(0, count, max(1, count // _SAMPLED_FILES)))
+    sampled = range(0, count, max(1, count // _SAMPLED_FILES))
+    names = file_names(dataset.train, sampled) if datasets is None else None
     files = [Path(data.root or "", name) for name in names or ()]
     side, grey = _median_side(files) if files else (dataset.spec.image_size, dataset.spec.channels == 1)
     size = data.image_size or _image_size(given.model.name, side, from_weights)
@@ -148,7 +156,7 @@ def _image_size(name: str, side: int, from_weights: bool) -> int:
     return max(32, round(min(limit, side) / 32) * 32)
 
 
-def _can_fetch(model: ModelConfig) -> bool:
+def can_fetch(model: ModelConfig) -> bool:
     """Whether the weights that timm publishes for a model are in its cache or can be downloaded.
 
     UserError if they were asked for by name and cannot.

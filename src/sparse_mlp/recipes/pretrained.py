@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch.utils.data import Dataset
+
 from sparse_mlp.data import AugmentConfig, DataConfig, check_trusted
+from sparse_mlp.data.sets import ignored_options
 from sparse_mlp.engine import OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import ModelConfig, adjust_dependent
 from sparse_mlp.jobs.classify import ClassifyRecipe
-from sparse_mlp.jobs.images import load_data_config, load_model_config
+from sparse_mlp.jobs.images import OWN_DATASETS, load_data_config, load_model_config
 from sparse_mlp.jobs.knn import KnnRecipe
 from sparse_mlp.recipes.augmentation import CROP_AND_FLIP, DEIT
 from sparse_mlp.recipes.facts import inspect_dataset
@@ -25,13 +28,15 @@ from sparse_mlp.tasks.classify import ClassifyConfig
 
 R = TypeVar("R", ClassifyRecipe, KnnRecipe)
 
+Datasets = tuple[Dataset, Dataset] | None
+
 NOT_GIVEN = ""
 """As a model's or a data set's name: those of the run that the weights come from."""
 
 _REGULARISATION = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # arguments that no weight depends on
 
 
-def linear_probe(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
+def linear_probe(given: ClassifyRecipe | None = None, datasets: Datasets = None) -> ClassifyRecipe:
     """Linear probe as MoCo v3 has it: frozen backbone, SGD, 90 epochs, learning rate 3 x batch / 256, crop and flip.
 
     sparse-mlp train linear_probe --model.weights runs/pretrained
@@ -45,7 +50,7 @@ def linear_probe(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
         optim=OptimConfig(opt="sgd", momentum=0.9, lr=3.0 * 1024 / 256, weight_decay=0.0),
         train=TrainConfig(epochs=90, log_every=50),
     )
-    return _fit_to_images(_start_from_weights(recipe, given)) if given else recipe
+    return _fit_to_images(_start_from_weights(recipe, given), datasets) if given else recipe
 
 
 def knn(given: KnnRecipe | None = None) -> KnnRecipe:
@@ -57,7 +62,7 @@ def knn(given: KnnRecipe | None = None) -> KnnRecipe:
     return _start_from_weights(recipe, given) if given else recipe
 
 
-def finetune(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
+def finetune(given: ClassifyRecipe | None = None, datasets: Datasets = None) -> ClassifyRecipe:
     """Fine-tuning by DeiT's recipe as MoCo v3 uses it: 150 epochs, AdamW, learning rate 5e-4 x batch / 512, mixing.
 
     sparse-mlp train finetune --model.weights runs/pretrained
@@ -73,15 +78,15 @@ def finetune(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
         schedule=ScheduleConfig(warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5),
         train=TrainConfig(epochs=150, log_every=50),
     )
-    return _fit_to_images(_start_from_weights(recipe, given)) if given else recipe
+    return _fit_to_images(_start_from_weights(recipe, given), datasets) if given else recipe
 
 
-def semi_supervised(given: ClassifyRecipe | None = None) -> ClassifyRecipe:
+def semi_supervised(given: ClassifyRecipe | None = None, datasets: Datasets = None) -> ClassifyRecipe:
     """Fine-tuning on a tenth of the labels (--data.label-share 0.01 for a hundredth), rates falling with the depth.
 
     sparse-mlp train semi_supervised --model.weights runs/pretrained
     """
-    recipe = finetune(given)
+    recipe = finetune(given, datasets)
     share = given.data.label_share if given else None
     return replace(
         recipe,
@@ -154,20 +159,22 @@ def _choose_images(recipe: R, given: R, source: Path | None) -> R:
         return recipe
     if given.data.name != NOT_GIVEN:
         return replace(recipe, data=replace(given.data, **sizes))
+    root = given.data.root
     if source is not None and source.is_dir():
         stored = load_data_config(RunFolder.open(source))
-        if given.data.root is None:  # the folder may come from elsewhere: what only it names is not fetched or executed
+        if root is None:  # the folder may come from elsewhere: what only it names is not fetched or executed
             check_trusted(stored)
-            sizes["download"] = given.data.download
-        return replace(recipe, data=replace(stored, root=given.data.root or stored.root, **sizes))
-    if given.data.root is not None:
+            return replace(recipe, data=replace(stored, download=given.data.download, **sizes))
+        if stored.name != OWN_DATASETS and "root" not in ignored_options(stored.name):  # that set, in another place
+            return replace(recipe, data=replace(stored, root=root, **sizes))
+    if root is not None:
         return replace(recipe, data=replace(given.data, name="folder", **sizes))
     raise UserError(f"on which images? {source or 'a published model'} does not say: --data.name SET")
 
 
-def _fit_to_images(recipe: ClassifyRecipe) -> ClassifyRecipe:
+def _fit_to_images(recipe: ClassifyRecipe, datasets: Datasets) -> ClassifyRecipe:
     """The recipe with a batch and an augmentation that suit the images; its rates follow the batch."""
-    facts = inspect_dataset(replace(recipe.data, batch_size=1))
+    facts = inspect_dataset(replace(recipe.data, batch_size=1), datasets)
     augment = recipe.augment
     if facts.small:
         augment = replace(augment, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), auto_augment=None, erase=0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,7 +18,23 @@ from sparse_mlp.report.run import RunData
 # What may differ between the runs of one group: the seed, and where and how often something is written or computed.
 _FREE = ("seed", "device", "threads", "log_every", "eval_every", "save_every", "keep_checkpoints")
 
-_NUMBERS = ("top1", "steps", "parameters", "multiply_adds", "items_per_s", "seconds", "busiest_expert", "idle_experts")
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a comparison says of one run; None where it was not measured or does not apply."""
+
+    top1: float | None
+    steps: int
+    parameters: int | None
+    multiply_adds: int | None
+    items_per_s: float | None
+    seconds: float | None
+    busiest_expert: float | None
+    """Load of the busiest expert of all layers, times the number of experts."""
+    idle_experts: int | None
+
+
+_NUMBERS = tuple(field.name for field in fields(Numbers))
 
 
 def group_runs(runs: Sequence[RunData], macs: Sequence[int | None]) -> list[Group]:
@@ -56,19 +73,19 @@ def _distinct(title: str, titles: Sequence[str], runs: Sequence[RunData]) -> str
     return f"{path.parent.name}/{path.name}"
 
 
-def numbers(run: RunData, macs: int | None) -> dict[str, float | None]:
-    """Return what the table says of one run, None where it was not measured."""
+def numbers(run: RunData, macs: int | None) -> Numbers:
+    """The numbers of a run whose model takes `macs` multiply-adds for one item."""
     loads = [balance(routing.final_load()) for routing in run.routing.values()]
-    return {
-        "top1": run.top1,
-        "steps": run.last_step,
-        "parameters": run.parameters,
-        "multiply_adds": macs,
-        "items_per_s": run.items_per_s,
-        "seconds": run.seconds if run.timed else None,
-        "busiest_expert": max((layer.busiest for layer in loads), default=None),
-        "idle_experts": sum(len(layer.dead) for layer in loads) if loads else None,
-    }
+    return Numbers(
+        top1=run.top1,
+        steps=run.last_step,
+        parameters=run.parameters,
+        multiply_adds=macs,
+        items_per_s=run.items_per_s,
+        seconds=run.seconds if run.timed else None,
+        busiest_expert=max((layer.busiest for layer in loads), default=None),
+        idle_experts=sum(len(layer.dead) for layer in loads) if loads else None,
+    )
 
 
 def table(groups: Sequence[Group]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -80,7 +97,7 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[dict[str, Any]]]:
     best = max((top for top in tops if top is not None), default=None)
     rows = []
     for group, top in zip(groups, tops, strict=True):
-        own = [numbers(run, group.macs) for run in group.runs]
+        own = [asdict(numbers(run, group.macs)) for run in group.runs]
         values = {key: [value for entry in own if (value := entry[key]) is not None] for key in _NUMBERS}
         steps = sorted({int(step) for step in values["steps"]})
         dense = not any(run.has_experts for run in group.runs)
@@ -117,7 +134,7 @@ def summary(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return what comparison.json holds: of each group every number's `mean` and `std` (n - 1), and its runs."""
     entries = []
     for group in groups:
-        own = [numbers(run, group.macs) for run in group.runs]
+        own = [asdict(numbers(run, group.macs)) for run in group.runs]
         runs = [{"path": str(run.path), "seed": _seed(run), **n} for run, n in zip(group.runs, own, strict=True)]
         entry: dict[str, Any] = {"name": group.name, "model": group.runs[0].model_name, "runs": runs}
         for key in _NUMBERS:
@@ -135,7 +152,7 @@ def write_csv(groups: Sequence[Group], path: Path) -> None:
         writer.writerow(["group", "run", "model", "seed", *_NUMBERS])
         for group in groups:
             for run in group.runs:
-                values = numbers(run, group.macs).values()
+                values = astuple(numbers(run, group.macs))
                 cells = ["" if value is None else value for value in [_seed(run), *values]]
                 writer.writerow([group.name, run.path, run.model_name, *cells])
 

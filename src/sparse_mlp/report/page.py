@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from sparse_mlp.engine.run import replacing
+from sparse_mlp.files import replacing
 from sparse_mlp.report.samples import Pixels, data_uri
 from sparse_mlp.report.style import save_png, save_svg, to_svg
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from sparse_mlp.engine.run import replacing
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import replacing
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from sparse_mlp.engine import RunFolder
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import read_json
 from sparse_mlp.report.predictions import Floats, Predictions, read_predictions
 
 # Entries of a line of metrics that are not measured scalars.
@@ -153,11 +154,11 @@ def read_run(run_dir: Path | str) -> RunData:
     by_kind: dict[str, list[dict[str, Any]]] = {"train": [], "eval": [], "routing": [], "event": []}
     for line in lines:
         by_kind.setdefault(line["kind"], []).append(line)
-    config, environment = _read_json(path / "config.json"), path / "environment.json"
+    config, environment = read_json(path / "config.json"), path / "environment.json"
     return RunData(
         path=path,
         config=config,
-        environment=_read_json(environment) if environment.is_file() else {},
+        environment=read_json(environment) if environment.is_file() else {},
         train=_series(by_kind["train"]),
         evals=_series(_final_weights_only(by_kind["eval"])),
         routing=_routing(by_kind["routing"], path / "metrics.jsonl"),
@@ -170,19 +171,9 @@ def read_run(run_dir: Path | str) -> RunData:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__} where a JSON object is expected")
-    return content
-
-
 def _read_classes(path: Path) -> list[str] | None:
     """Return the names of the classes, where the run folder has them."""
-    names = _read_json(path).get("classes") if path.is_file() else None
+    names = read_json(path).get("classes") if path.is_file() else None
     return [str(name) for name in names] if isinstance(names, list) else None
 
 

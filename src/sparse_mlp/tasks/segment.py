@@ -19,6 +19,7 @@ from sparse_mlp.distributed import broadcast, gather
 from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
 from sparse_mlp.models.segmenters import Segmenter
+from sparse_mlp.models.smp_segmenter import SmpSegmenter
 from sparse_mlp.tasks.metrics import gather_columns, sorted_by_index
 
 _MULTIPLE = 32  # images are padded to a multiple of the coarsest stride
@@ -69,7 +70,7 @@ class Segment(Task):
 
     def __init__(
         self,
-        model: Segmenter,
+        model: Segmenter | SmpSegmenter,
         class_names: Sequence[str],
         config: SegmentConfig | None = None,
         inference: InferenceConfig | None = None,
@@ -96,7 +97,7 @@ class Segment(Task):
     def param_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
         if layer_decay is not None:
             raise UserError(f"optim.layer_decay {layer_decay} would be ignored: a segmenter has no order of layers")
-        model = self.model.maps.model
+        model = self.model.model
         names = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
         no_decay = {*(f"*.{name}" for name in names), "*.bias"}
         return param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=no_decay)
@@ -150,7 +151,9 @@ def pixel_loss(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum") / target.numel()
 
 
-def segment_images(model: Segmenter, images: Tensor, size: tuple[int, ...], config: InferenceConfig) -> Tensor:
+def segment_images(
+    model: Segmenter | SmpSegmenter, images: Tensor, size: tuple[int, ...], config: InferenceConfig
+) -> Tensor:
     """Probabilities (B, classes, *size) of normalised images (B, 3, h, w), averaged over scales and flips."""
     total: Tensor | float = 0.0
     for scale in config.scales:
@@ -164,7 +167,7 @@ def segment_images(model: Segmenter, images: Tensor, size: tuple[int, ...], conf
     return total / (len(config.scales) * (2 if config.flip else 1))
 
 
-def _whole_or_sliding(model: Segmenter, images: Tensor, config: InferenceConfig) -> Tensor:
+def _whole_or_sliding(model: Segmenter | SmpSegmenter, images: Tensor, config: InferenceConfig) -> Tensor:
     """Logits (B, classes, h, w) of images of any size."""
     height, width = images.shape[-2:]
     window = model.fixed_size or ((config.window, config.window) if config.window is not None else None)

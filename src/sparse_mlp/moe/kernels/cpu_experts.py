@@ -75,45 +75,34 @@ def backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, w1, b1, w2 and b2; empty for rows, w1 or w2 if not needed. Zero where an expert has no row."""
-    counts = counts_E.tolist()
-    grads = (*(torch.empty_like(w) if need else w.new_empty(0) for w, need in zip((w1, w2), needed[1:], strict=True)),)
-    dw1, dw2, db1, db2 = (t.contiguous() for t in (*grads, torch.empty_like(b1), torch.empty_like(b2)))
+    (num_experts, dim, hidden_dim), counts, by_tanh = w1.shape, counts_E.tolist(), approximate == "tanh"
+    dw1, dw2 = (
+        torch.empty_like(w, memory_format=torch.contiguous_format) if need else w.new_empty(0)
+        for w, need in zip((w1, w2), needed[1:], strict=True)
+    )
+    db1, db2 = b1.new_empty(b1.shape), b2.new_empty(b2.shape)
     for e in (e for e, n in enumerate(counts) if not n):
         for grad in (dw1, dw2, db1, db2):
             if grad.numel():
                 grad[e].zero_()
-    run = _few_rows_backward if _has_few_rows(counts) else _many_rows_backward
-    made = dw1 if needed[1] else None, db1, dw2 if needed[2] else None, db2
-    dx_MD = run(rows_MD, counts_E, w1, b1, w2, approximate == "tanh", hidden_MH, grad_MD.contiguous(), needed[0], *made)
-    return dx_MD, dw1, db1, dw2, db2
-
-
-def _few_rows_backward(
-    rows_MD: Tensor,
-    counts_E: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    by_tanh: bool,
-    hidden_MH: Tensor,
-    grad_MD: Tensor,
-    need_x: bool,
-    *grads: Tensor | None,
-) -> Tensor:
-    num_experts, dim, hidden_dim = w1.shape
+    grads = dw1 if needed[1] else None, db1, dw2 if needed[2] else None, db2
+    grad_MD = grad_MD.contiguous()
+    sums = rows_MD.new_empty(torch.get_num_threads(), 2, max(dim, hidden_dim))
+    if not _has_few_rows(counts):
+        dx_MD = _many_rows_backward(rows_MD, counts, w1, b1, w2, by_tanh, hidden_MH, grad_MD, needed[0], grads, sums)
+        return dx_MD, dw1, db1, dw2, db2
     dx_MD = rows_MD.new_empty(len(rows_MD), library.size("row_stride", dim))
     dout_MD, dhidden_MH, act_MH = torch.empty_like(dx_MD), torch.empty_like(hidden_MH), torch.empty_like(hidden_MH)
-    parts = rows_MD.new_empty(torch.get_num_threads(), 2, max(dim, hidden_dim))
     given = (t.contiguous() for t in (rows_MD, _first_rows(counts_E), w1, b1, w2, hidden_MH, grad_MD))
-    made = dx_MD if need_x else None, *grads, dout_MD, dhidden_MH, act_MH, parts
+    made = dx_MD if needed[0] else None, *grads, dout_MD, dhidden_MH, act_MH, sums
     sizes = num_experts, dim, hidden_dim, by_tanh, w1.numel() >= LARGE
     library.call("few_rows_experts_backward", (*given, *made), *sizes)
-    return dx_MD[:, :dim] if need_x else rows_MD.new_empty(0)
+    return dx_MD[:, :dim] if needed[0] else rows_MD.new_empty(0), dw1, db1, dw2, db2
 
 
 def _many_rows_backward(
     rows_MD: Tensor,
-    counts_E: Tensor,
+    counts: list[int],
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,
@@ -121,12 +110,13 @@ def _many_rows_backward(
     hidden_MH: Tensor,
     grad_MD: Tensor,
     need_x: bool,
-    *grads: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+    sums: Tensor,
 ) -> Tensor:
-    counts, (_, dim, hidden_dim) = counts_E.tolist(), w1.shape
+    """Writes the gradients of weights and biases into `grads`, those not needed None; returns that of the rows."""
+    _, dim, hidden_dim = w1.shape
     dx_MD = rows_MD.new_empty(rows_MD.shape if need_x else 0)
     act_nH, dact_nH = (rows_MD.new_empty(max(counts), hidden_dim) for _ in range(2))
-    sums = rows_MD.new_empty(torch.get_num_threads(), 2, max(dim, hidden_dim))
     first = 0
     for e, n in enumerate(counts):
         if not n:
