@@ -134,14 +134,16 @@ def _drop(maps: FeatureMaps, level: int) -> None:
 
 
 class _LastLevels(LastLevelP6P7):
-    """The two coarsest maps of RetinaNet, in float32.
+    """The two coarsest maps of RetinaNet, on CPUs in float32.
 
-    On CPUs the gradient of a strided bfloat16 convolution over a single pixel is uninitialised memory (torch 2.14), and
+    There the gradient of a strided bfloat16 convolution over a single pixel is uninitialised memory (torch 2.14), and
     images of 64 pixels have such a map.
     """
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        with torch.autocast(p[-1].device.type, enabled=False):
+        if p[-1].device.type != "cpu":
+            return super().forward(p, c, names)
+        with torch.autocast("cpu", enabled=False):
             return super().forward([x.float() for x in p], [x.float() for x in c], names)
 
 
