@@ -29,7 +29,13 @@ def of_meta(model, detector):
 
 @pytest.mark.parametrize(
     ("model", "detector", "millions"),
-    [("as_mlp_tiny", "mask_rcnn", 48), ("as_mlp_small", "mask_rcnn", 69)],
+    [
+        ("as_mlp_tiny", "mask_rcnn", 48),
+        ("as_mlp_small", "mask_rcnn", 69),
+        ("as_mlp_tiny", "cascade_mask_rcnn", 86),
+        ("as_mlp_small", "cascade_mask_rcnn", 107),
+        ("as_mlp_base", "cascade_mask_rcnn", 145),
+    ],
 )
 def test_sizes_are_those_of_the_authors_tables(model, detector, millions):
     """AS-MLP's table of COCO."""

@@ -35,7 +35,7 @@ from sparse_mlp.files import read_json, write_json
 from sparse_mlp.jobs.dense import IMAGENET_MEAN, IMAGENET_STD, DenseJob, build_feature_maps, load_classes
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, PredictOptions, Row
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
-from sparse_mlp.models.detectors import Detector, DetectorName, paste_masks
+from sparse_mlp.models.detectors import WITH_MASKS, Detector, DetectorName, paste_masks
 from sparse_mlp.report.boxes import draw_objects
 from sparse_mlp.report.cost import count_macs, count_parameters
 from sparse_mlp.report.detection import DetectedImage, Objects, write_detection_report
@@ -55,7 +55,7 @@ class DetectorConfig:
     """What stands on the backbone."""
 
     name: DetectorName = "mask_rcnn"
-    """mask_rcnn, faster_rcnn (boxes only) or retinanet (boxes only, one stage)."""
+    """mask_rcnn, cascade_mask_rcnn (three stages), faster_rcnn (boxes only) or retinanet (boxes only, one stage)."""
 
     fpn_channels: int = 256
     """Channels of the feature pyramid network."""
@@ -131,7 +131,7 @@ class DetectJob(DenseJob[DetectRecipe]):
             raise UserError("detection needs pycocotools: pip install 'sparse-mlp[detect]'")
         if self.context.datasets is not None:
             raise UserError("datasets of a program's own are not for detection: give files in COCO's format")
-        self.data = data = open_coco(recipe.data, masks=recipe.detector.name == "mask_rcnn")
+        self.data = data = open_coco(recipe.data, masks=recipe.detector.name in WITH_MASKS)
         self.classes = data.classes
         run = self.context.run
         if run is not None and (run.path / INPUTS).is_file() and load_classes(run) != data.classes:
@@ -259,7 +259,7 @@ class DetectJob(DenseJob[DetectRecipe]):
         best: list[DetectedImage] = []
         worst: list[DetectedImage] = []
         try:
-            data = open_coco(recipe.data, masks=recipe.detector.name == "mask_rcnn")
+            data = open_coco(recipe.data, masks=recipe.detector.name in WITH_MASKS)
             rows = json.loads((run.path / RESULTS).read_text(encoding="utf-8"))
             best, worst = _examples(data, analysis["images"], rows)
         except (UserError, OSError, ValueError) as error:

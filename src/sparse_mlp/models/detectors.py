@@ -1,18 +1,18 @@
 """torchvision's detectors over the feature maps of any timm model.
 
-Mask R-CNN and Faster R-CNN (Ren et al. 2015, He et al. 2017) and RetinaNet (Lin et al. 2017) with the feature pyramid
-network of Lin et al. 2016, in the settings that the papers of these backbones took from mmdetection: 256 channels, five
-levels, for the R-CNNs by a pooling of the coarsest, for RetinaNet from stride 8 with two more convolutions on the
-backbone's last map. What remains torchvision's: the smooth L1 loss of the R-CNNs (mmdetection: L1), two samples a bin
-in RoIAlign, the focal loss divided by the objects of each image rather than of the batch, and the ReLU between the two
-additional convolutions.
+Faster R-CNN, Mask R-CNN, Cascade Mask R-CNN (Ren et al. 2015, He et al. 2017, Cai and Vasconcelos 2019) and RetinaNet
+(Lin et al. 2017) with the feature pyramid network of Lin et al. 2016, in the settings that the papers of these
+backbones took from mmdetection: 256 channels, five levels, for the R-CNNs by a pooling of the coarsest, for RetinaNet
+from stride 8 with two more convolutions on the backbone's last map. What remains torchvision's: the smooth L1 loss of
+the R-CNNs (mmdetection: L1), two samples a bin in RoIAlign, the focal loss divided by the objects of each image rather
+than of the batch, and the ReLU between the two additional convolutions.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,21 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
+from sparse_mlp.models.cascade_rcnn import CascadeHeads
 from sparse_mlp.models.feature_maps import FeatureMaps
 
-__all__ = ["DETECTORS", "Detector", "DetectorName", "paste_masks"]
+__all__ = ["DETECTORS", "WITH_MASKS", "Detector", "DetectorName", "paste_masks"]
 
-DetectorName = Literal["mask_rcnn", "faster_rcnn", "retinanet"]
-DETECTORS: tuple[DetectorName, ...] = ("mask_rcnn", "faster_rcnn", "retinanet")
+DetectorName = Literal["mask_rcnn", "faster_rcnn", "retinanet", "cascade_mask_rcnn"]
+DETECTORS: tuple[DetectorName, ...] = get_args(DetectorName)
+WITH_MASKS: tuple[DetectorName, ...] = ("mask_rcnn", "cascade_mask_rcnn")
 
 _RATIOS = (0.5, 1.0, 2.0)
 _LEVELS = 5
 
 
 class Detector(nn.Module):
-    """Finds objects of `num_classes` classes, numbered from 0, and with "mask_rcnn" their masks."""
+    """Finds objects of `num_classes` classes, numbered from 0, and with the Mask R-CNNs their masks."""
 
     def __init__(
         self,
@@ -67,6 +69,9 @@ class Detector(nn.Module):
         else:
             kind = MaskRCNN if name == "mask_rcnn" else FasterRCNN
             self.net = _rcnn(kind, maps, num_classes, fpn_channels, anchor_size, samples, max_detections, min_score)
+        if name == "cascade_mask_rcnn":
+            limits = {"samples": samples, "max_detections": max_detections, "min_score": min_score}
+            self.net.roi_heads = CascadeHeads(fpn_channels, num_classes + 1, **limits)  # type: ignore[arg-type]
         self.net.transform = _Batch(mean, std, maps.fixed_size)
 
     @property
@@ -75,7 +80,7 @@ class Detector(nn.Module):
 
     @property
     def has_masks(self) -> bool:
-        return self.name == "mask_rcnn"
+        return self.name in WITH_MASKS
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's activations in the backward pass."""
@@ -129,14 +134,16 @@ def _drop(maps: FeatureMaps, level: int) -> None:
 
 
 class _LastLevels(LastLevelP6P7):
-    """The two coarsest maps of RetinaNet, in float32.
+    """The two coarsest maps of RetinaNet, on CPUs in float32.
 
-    On CPUs the gradient of a strided bfloat16 convolution over a single pixel is uninitialised memory (torch 2.14), and
+    There the gradient of a strided bfloat16 convolution over a single pixel is uninitialised memory (torch 2.14), and
     images of 64 pixels have such a map.
     """
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        with torch.autocast(p[-1].device.type, enabled=False):
+        if p[-1].device.type != "cpu":
+            return super().forward(p, c, names)
+        with torch.autocast("cpu", enabled=False):
             return super().forward([x.float() for x in p], [x.float() for x in c], names)
 
 

@@ -68,7 +68,7 @@ class _Examples:
 @dataclass(frozen=True)
 class _Classes:
     lead: str
-    drawings: list[Drawing]
+    columns: list[list[Drawing]]
 
 
 def write_detection_report(
@@ -88,7 +88,11 @@ def write_detection_report(
     run = read_run(run_dir)
     figures = Figures(run.path / "figures")
     names = [str(name) for name in class_names]
-    sections: dict[str, object] = {"curves": curves_section(run, figures)}
+    sections: dict[str, object] = {
+        "curves": curves_section(
+            run, figures, {"loss": "The sum of the losses of the detector's parts on the training images."}
+        )
+    }
     if analysis is not None:
         sections["ap"] = _classes(analysis, names, figures)
     if best or worst:
@@ -148,7 +152,7 @@ def _classes(analysis: Mapping[str, Any], names: Sequence[str], figures: Figures
             "objects without an answer. Of many classes only those in the most frequent mistakes.",
         )
     )
-    return _Classes(lead, drawings)
+    return _Classes(lead, [drawings[:1], drawings[1:]])
 
 
 @styled

@@ -84,9 +84,9 @@ class CurvesSection:
     drawings: list[Drawing]
 
 
-def curves_section(run: RunData, figures: Figures) -> CurvesSection | None:
-    """Return the curves of a run; None where nothing was logged."""
-    captions = _CURVES | (_PRETRAINING_CURVES if run.pretraining else {})
+def curves_section(run: RunData, figures: Figures, other: Mapping[str, str] | None = None) -> CurvesSection | None:
+    """Return the curves of a run, some with `other` captions; None where nothing was logged."""
+    captions = {**_CURVES, **(_PRETRAINING_CURVES if run.pretraining else {}), **(other or {})}
     drawn = [figures.add(figure, name, captions[name]) for name, figure in curve_figures(run).items()]
     lead = (
         "Each panel runs over steps; the scale on its upper edge is the training time. Where lines are many, the pale "
