@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_mlp  # noqa: F401 - registers the models
 from sparse_mlp.models.detectors import DETECTORS, Detector, paste_masks
@@ -54,6 +55,32 @@ def test_retinanet_over_cycle_mlp_b1_has_the_parameters_of_the_published_configu
     assert round(expected / 1e6, 1) == 24.9
 
 
+def multiply_adds(function):
+    """Billions of multiply-adds, and the result."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        result = function()
+    return counter.get_total_flops() / 2e9, result
+
+
+@pytest.mark.parametrize(("detector", "billions"), [("mask_rcnn", 260), ("cascade_mask_rcnn", 739)])
+def test_multiply_adds_are_those_of_the_authors_table(detector, billions):
+    """AS-MLP-T at 1,280 x 800 as mmdetection counts: 1,000 regions for the box heads, 100 for the mask heads."""
+    with torch.device("meta"):
+        net = Detector(FeatureMaps(timm.create_model("as_mlp_tiny")), detector, 80).eval().net
+        image, regions, objects = (
+            torch.empty(1, 3, 800, 1280),
+            torch.empty(1000, 256, 7, 7),
+            torch.empty(100, 256, 14, 14),
+        )
+    stages = getattr(net.roi_heads, "stages", [net.roi_heads])
+    total, maps = multiply_adds(lambda: net.backbone(image))
+    total += multiply_adds(lambda: net.rpn.head(list(maps.values())))[0]
+    for stage in stages:
+        total += multiply_adds(lambda stage=stage: stage.box_predictor(stage.box_head(regions)))[0]
+        total += multiply_adds(lambda stage=stage: stage.mask_predictor(stage.mask_head(objects)))[0]
+    assert total == pytest.approx(billions, rel=0.002)
+
+
 @pytest.mark.parametrize("name", DETECTORS)
 def test_images_of_different_sizes(name):
     detector = small(name)
@@ -79,15 +106,19 @@ def test_images_of_different_sizes(name):
             assert paste_masks(one["masks"], one["boxes"], (height, width)).shape == (len(one["boxes"]), height, width)
 
 
+@pytest.mark.parametrize("objects", [1, 0])
 @pytest.mark.parametrize("name", DETECTORS)
-def test_every_weight_gets_a_gradient(name):
-    """Without one, training in several processes stops. An image without objects is allowed."""
+def test_every_weight_gets_a_gradient(name, objects):
+    """Without one, training in several processes stops. Images without objects are allowed."""
     detector = small(name)
     targets = [
         {"boxes": torch.tensor([[4.0, 4, 30, 30]]), "labels": torch.tensor([0]), "masks": torch.ones(1, 64, 64).byte()},
         {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "masks": torch.zeros(0, 64, 64).byte()},
     ]
-    sum(detector([torch.rand(3, 64, 64)] * 2, targets).values()).backward()
+    targets = targets if objects else targets[1:] * 2
+    losses = detector([torch.rand(3, 64, 64)] * 2, targets)
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
     assert [name for name, parameter in detector.named_parameters() if parameter.grad is None] == []
 
 

@@ -195,8 +195,7 @@ class DetectJob(DenseJob[DetectRecipe]):
     @classmethod
     def evaluated(cls, recipe: DetectRecipe, options: EvalOptions) -> DetectRecipe:
         assert isinstance(options, DetectEvalOptions)
-        # A model of one image size stays the size that it was trained for.
-        return replace(recipe, data=replace(options.data, max_side=recipe.data.max_side))
+        return replace(recipe, data=options.data)
 
     @classmethod
     def evaluate(cls, run: RunFolder, options: EvalOptions, device: torch.device) -> Evaluation:
