@@ -26,6 +26,7 @@ TITLES = {
     "neighbours": "Nearest neighbours",
     "classes": "Right and wrong",
     "load": "Load of the experts",
+    "capacity": "Less computation",
     "patches": "Where patches go",
     "channels": "Where channels go",
     "accuracy": "Test accuracy",
