@@ -29,6 +29,7 @@ from sparse_mlp.data import (
 from sparse_mlp.data.sets import ignored_options
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
+from sparse_mlp.jobs.capacity_curve import write_capacity_curve
 from sparse_mlp.jobs.images import (
     ImageJob,
     file_names,
@@ -75,6 +76,9 @@ class ClassifyEvalOptions(EvalOptions):
     """Left out: the run's own images, split as they were. The classes of another set are matched by name."""
 
     model: InferenceConfig = field(default_factory=InferenceConfig)
+
+    curve: bool = False
+    """Evaluate also with less computation for the experts, at several capacities; the report draws the curve."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,12 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         log_notes(data)
         spec = replace(data.spec, classes=spec.classes)
         model = load_trained(run, options.checkpoint, spec, options.model.args)
+        if options.curve:
+            if not own:
+                raise UserError("--curve is of the run's own images")
+            write_capacity_curve(
+                run, model, spec, lambda m: evaluate_model(m, recipe.task, data, images, device).metrics["top1"]
+            )
         return evaluate_model(model, recipe.task, data, images, device)
 
     @classmethod
