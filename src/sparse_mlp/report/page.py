@@ -28,6 +28,7 @@ TITLES = {
     "iou": "Classes",
     "examples": "Best and worst",
     "load": "Load of the experts",
+    "explore": "Explore the routing",
     "patches": "Where patches go",
     "channels": "Where channels go",
     "accuracy": "Test accuracy",
