@@ -150,7 +150,7 @@ def test_a_narrow_window_and_a_finger(open_page: Open) -> None:
 def test_without_javascript_the_figures_are_there(open_page: Open) -> None:
     page = open_page(java_script_enabled=False)
     assert not page.locator("#explorer").is_visible()
-    assert page.get_by_text("Exploring needs JavaScript").is_visible()
+    assert page.locator("noscript .note").is_visible()
     assert page.locator("#patches .sample").first.is_visible()
 
 

@@ -23,7 +23,7 @@ from sparse_mlp.report.pictures import channels_figure, full_scale, overlays, pa
 from sparse_mlp.report.predictions import Floats, Ints
 from sparse_mlp.report.routing import ChannelRouting, MeasuredLoad, Traced, trace
 from sparse_mlp.report.run import Routing, RunData
-from sparse_mlp.report.samples import Pixels, Samples, example_rows, picture
+from sparse_mlp.report.samples import MAX_EXAMPLES, SMALL, Pixels, Samples, example_rows, picture
 from sparse_mlp.report.style import expert_colours
 
 _KINDS = {"mlp_tokens": "token mixing: routes channels", "mlp_channels": "channel mixing: routes tokens"}
@@ -217,8 +217,8 @@ def patches_section(examples: Examples, figures: Figures, figure: str = "routing
     traced = examples.traced
     if not traced.patches:
         return None
-    pictures = examples.pictures
-    figures.save(patches_figure(traced.patches, pictures, examples.labels), figure)
+    pictures = examples.pictures[:MAX_EXAMPLES]
+    figures.save(patches_figure(traced.patches, pictures, examples.labels[:MAX_EXAMPLES]), figure)
     painted = {layer.layer: overlays(layer, pictures) for layer in traced.patches}
     cards = [_card(examples, i, {layer: drawn[i] for layer, drawn in painted.items()}) for i in range(len(pictures))]
     experts = max(layer.num_experts for layer in traced.patches)
@@ -228,9 +228,12 @@ def patches_section(examples: Examples, figures: Figures, figure: str = "routing
 
 def _card(examples: Examples, i: int, painted: dict[str, Pixels]) -> Card:
     """Return one image, the same painted by every layer, and whether the model recognised it."""
-    label = examples.labels[i]
-    drawn = [image(examples.pictures[i], f"image: {label}", "image")]
-    drawn += [image(pixels, f"experts of the patches in {layer}", _block(layer)) for layer, pixels in painted.items()]
+    label, photo = examples.labels[i], max(examples.samples.images.shape[-2:]) > SMALL
+    drawn = [image(examples.pictures[i], f"image: {label}", "image", photo=photo)]
+    drawn += [
+        image(pixels, f"experts of the patches in {layer}", _block(layer), photo=photo)
+        for layer, pixels in painted.items()
+    ]
     return Card(label, examples.answer(i), examples.right(i), drawn)
 
 

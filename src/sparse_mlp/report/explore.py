@@ -18,7 +18,7 @@ from torch import nn
 from sparse_mlp.report.pictures import full_scale
 from sparse_mlp.report.predictions import Floats
 from sparse_mlp.report.routing import ChannelRouting, PatchRouting, Traced
-from sparse_mlp.report.samples import Samples, data_uri, picture
+from sparse_mlp.report.samples import SMALL, Samples, data_uri, picture
 from sparse_mlp.report.style import expert_colours
 from sparse_mlp.report.vocabulary import CROP, ImageSource, Vocabulary, vocabularies
 
@@ -106,7 +106,7 @@ def embed(data: object) -> Markup:
 
 def _image(samples: Samples, row: int, title: tuple[str, str]) -> dict[str, Any]:
     pixels = picture(samples.images[row], samples.mean, samples.std, side=None)
-    small = max(pixels.shape[:2]) <= 64
+    small = max(pixels.shape[:2]) <= SMALL
     if not small:
         pixels = picture(samples.images[row], samples.mean, samples.std, side=_SIDE)
     return {"name": title[0], "answer": title[1], "uri": data_uri(pixels, photo=not small), "small": small,

@@ -23,6 +23,7 @@ Pixels = NDArray[np.uint8]
 MAX_EXAMPLES = 10  # images on which routing is drawn
 MAX_PAIRS = 6  # pairs of confused classes with sample images
 IMAGES_PER_PAIR = 3
+SMALL = 64  # pixels of an image's side up to which it is shown pixel by pixel
 _SIDE = 160  # pixels of a picture on the page, at most
 
 

@@ -99,7 +99,7 @@
     picture.src = image.uri;
     picture.classList.toggle("small", image.small);
     picture.alt = image.name;
-    at("about").textContent = `${image.name}: ${image.answer}`;
+    at("about").textContent = [image.name, image.answer].filter(Boolean).join(": ");
     const scale = window.devicePixelRatio || 1;
     canvas.width = Math.round(stage.clientWidth * scale);
     canvas.height = Math.round(stage.clientHeight * scale);
@@ -121,7 +121,7 @@
   }
 
   function square(pen, width, height, cell, columns, area, colour, filled) {
-    const side = 0.82 * Math.sqrt(area), w = side * width, h = side * height;
+    const side = 0.68 * Math.sqrt(area), w = side * width, h = side * height;
     const left = (cell % columns + 0.5) * width - w / 2, top = (Math.floor(cell / columns) + 0.5) * height - h / 2;
     pen.fillStyle = pen.strokeStyle = colour;
     pen.lineWidth = Math.max(1, 0.04 * width);
@@ -331,7 +331,9 @@
   }
 
   root.hidden = false;
-  for (const details of document.querySelectorAll("details[data-static]")) details.open = false;
+  document.addEventListener("DOMContentLoaded", () => {
+    for (const details of document.querySelectorAll("details[data-static]")) details.open = false;
+  });
   if (data.patches.length) {
     buildGates();
     select(at("layer"), data.patches, setLayer);
