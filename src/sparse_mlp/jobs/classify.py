@@ -32,7 +32,9 @@ from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.capacity_curve import write_capacity_curve
 from sparse_mlp.jobs.images import (
     ImageJob,
+    RoutingReportOptions,
     file_names,
+    image_source,
     load_inputs,
     load_split,
     load_trained,
@@ -102,6 +104,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
     scores = ("top1", "top5")
     eval_options_type = ClassifyEvalOptions
     predict_options_type = ClassifyPredictOptions
+    report_options_type = RoutingReportOptions
 
     def __init__(self, recipe: ClassifyRecipe, context: Context | None = None) -> None:
         super().__init__(recipe, context)
@@ -185,7 +188,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         except (UserError, OSError) as error:
             _log.warning("the report of %s shows no images: %s", run.path, error)
             return write_classification_report(run.path, macs=macs)
-        return write_classification_report(run.path, model, samples(run, data), macs=macs)
+        return write_classification_report(run.path, model, samples(run, data), image_source(data, macs), macs=macs)
 
 
 def evaluate_model(
