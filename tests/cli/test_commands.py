@@ -109,6 +109,21 @@ def test_report_writes_the_page_anew(run: Run, trained: Path):
     assert code == 0 and (trained / "report.html").is_file() and "report.html" in out
 
 
+def test_report_shows_what_the_experts_do_with_own_images(run: Run, trained: Path, tmp_path: Path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 30), (80 * number, 200, 10)).save(photos / f"<b>{number}.png")
+    (photos / "broken.png").write_text("none")
+    before = (trained / "report.html").read_bytes()
+    code, out, _ = run("report", trained, "--images", photos)
+    assert code == 0 and "routing.html" in out
+    page = (trained / "routing.html").read_text()
+    assert "Explore the routing" in page and "&lt;b&gt;0.png" in page and "<b>" not in page
+    assert "taken for" in page and "recognised" not in page
+    assert (trained / "report.html").read_bytes() == before
+
+
 def test_info_counts_as_the_model_does(run: Run):
     code, out, _ = run("info", "sparse_mlp_t4_32")
     model = timm.create_model("sparse_mlp_t4_32", num_classes=10)

@@ -414,6 +414,15 @@ def test_arguments_that_no_file_can_hold(fails: Callable[..., str], value: str):
     assert "act_layer" in message or "model sparse_mlp_t4_32" in message
 
 
+def test_options_of_a_report_that_would_be_ignored(fails: Callable[..., str], trained: Path, tmp_path: Path):
+    assert "--out would be ignored" in fails("report", trained, "--out", tmp_path)
+    assert "unknown option --images" in fails("report", trained, trained, "--images", tmp_path)
+    assert "there are no images in" in fails("report", trained, "--images", tmp_path)
+    with_kind = Path(shutil.copytree(trained, tmp_path / "run")) / "config.json"
+    with_kind.write_text(with_kind.read_text().replace('"kind": "classify"', '"kind": "nodes"'))
+    assert "unknown option --images" in fails("report", with_kind.parent, "--images", tmp_path)
+
+
 @pytest.mark.parametrize("verb", ["compare", "report"])
 def test_a_comparison_has_a_folder_of_its_own(fails: Callable[..., str], trained: Path, tmp_path: Path, verb: str):
     copy = Path(shutil.copytree(trained, tmp_path / "run"))

@@ -113,6 +113,7 @@ def test_blocks_as_the_command_line_has_them(blocks: int | str, expected: list[i
         ({"blocks": 3}, "blocks 3 does not fit a model of 2 blocks"),
         ({"blocks": 1, "top_k": 9}, r"top_k must be at most num_experts \(8\)"),
         ({"blocks": 1, "args": {"capacity": 1}}, "capacity=1 is no argument of experts; nearest: capacity_ratio"),
+        ({"blocks": 1, "args": {"act": "relu"}}, "act='relu' is no argument of experts"),
         ({"blocks": 1, "args": {"scores": "tanh"}}, "scores must be"),
     ],
 )
@@ -164,3 +165,23 @@ def test_so_is_a_sparse_mlp_on_the_command_line(tmp_path: Path, capsys: pytest.C
     assert main(["predict", str(run.path), str(tmp_path / "digit.png"), *options]) == 0
     assert main(["eval", str(run.path), "--model.args", "top_k=(99,1)"]) == 2
     assert "top_k must be at most num_experts" in capsys.readouterr().err
+
+
+def test_the_curve_of_accuracy_against_multiply_adds_is_measured_and_drawn(run: sparse_mlp.Run) -> None:
+    metrics = run.evaluate(curve=True)
+    points = json.loads((run.path / "capacity_curve.json").read_text())["points"]
+    assert [point["ratio"] for point in points] == [None, 1.0, 0.75, 0.5, 0.25, 0.1]
+    assert points[0]["top1"] == pytest.approx(metrics["top1"]) == pytest.approx(run.metrics["top1"])
+    macs = [point["macs"] for point in points]
+    assert macs == sorted(macs, reverse=True) and macs[-1] < 0.9 * macs[0]
+    assert "Top-1 by capacity of the experts" in run.report().read_text()
+    (run.path / "capacity_curve.json").write_text('{"points": [{"ratio": 1}]}')
+    with pytest.raises(UserError, match=r"capacity_curve\.json should hold points"):
+        run.report()
+    (run.path / "capacity_curve.json").unlink()
+
+
+def test_a_dense_run_has_no_such_curve(tmp_path: Path) -> None:
+    dense = sparse_mlp.train(recipe(2, experts={}), tmp_path / "run", show=False)
+    with pytest.raises(UserError, match="has no experts whose capacity"):
+        dense.evaluate(curve=True)

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from sparse_mlp.report import Samples, write_classification_report
+from sparse_mlp.report import ImageSource, Samples, write_classification_report
 
 MakeRun = Callable[..., Path]
 
@@ -131,5 +131,17 @@ def model() -> nn.Module:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with everything, its report written; not to be changed."""
     run = write_run(tmp_path_factory.mktemp("whole") / "run")
-    write_classification_report(run, small_model(), random_samples(run), macs=16_000_000)
+    samples = random_samples(run)
+    write_classification_report(run, small_model(), samples, source_of(samples), macs=16_000_000)
     return run
+
+
+def source_of(samples: Samples) -> ImageSource:
+    """All of them, of classes called "class 0", "class 1", ..."""
+
+    def read(indices: Sequence[int]) -> Samples:
+        rows = list(indices)
+        return Samples(samples.images[rows], samples.targets[rows], samples.index[rows], samples.mean, samples.std)
+
+    names = [f"class {c}" for c in range(int(samples.targets.max()) + 1)]
+    return ImageSource(read, range(len(samples.index)), len(samples.index), names)

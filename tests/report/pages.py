@@ -16,6 +16,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
+        self.scripts: list[str] = []
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()
@@ -33,7 +34,9 @@ class Page(HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open[-1:]:
+        if "script" in self.open[-1:]:
+            self.scripts.append(data)
+        elif "style" not in self.open[-1:]:
             self.words.append(data)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def whole(whole_run: Path) -> Page:
 
 
 def test_a_whole_report(whole: Page, whole_run: Path) -> None:
-    assert whole.sections() == ["curves", "classes", "load", "patches", "channels"]
+    assert whole.sections() == ["curves", "classes", "load", "explore", "patches", "channels"]
     top1 = read_run(whole_run).top1
     for words in (
         f"Top-1 accuracy {100 * top1:.2f} % of 200 test images",
@@ -55,12 +56,14 @@ def test_a_whole_report(whole: Page, whole_run: Path) -> None:
 def test_the_page_is_complete_in_itself(whole: Page) -> None:
     assert "http" not in whole.source
     for tag, attrs in whole.tags:
-        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+        assert tag not in {"link", "iframe", "object", "embed", "base"}
+        assert tag != "script" or attrs in ({}, {"type": "application/json", "id": "routing-data"})
         assert not any(name.startswith("on") for name in attrs)
         for name in ("src", "href", "xlink:href", "srcset", "action"):
             value = attrs.get(name)
             assert value is None or value.startswith(("#", "data:image/png;base64,"))
-    assert not re.search(r"url\((?!#)|@import", whole.source)
+    assert not re.search(r"fetch|XMLHttpRequest|WebSocket|import|eval|innerHTML", whole.scripts[-1])
+    assert not re.search(r"url\((?![#$])|@import", whole.source)
 
 
 def test_ids_are_unique_and_links_lead_somewhere(whole: Page) -> None:
@@ -92,7 +95,8 @@ def test_names_are_text_wherever_they_come_from(make_run: MakeRun, make_samples:
     model = timm.create_model("sparse_mlp_t4_32", num_classes=7, in_chans=1, img_size=8, patch_size=2)
     page = Page(write_classification_report(run, model, make_samples(run)))
     tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "b"}
+    assert "b" not in tags and len(page.scripts) == sum(tag == "script" for tag, _ in page.tags) == 2
+    assert "<" not in page.scripts[0] and json.loads(page.scripts[0])["images"]
     assert all(attrs.get("src", "").startswith("data:") for tag, attrs in page.tags if tag == "img")
     for words in (
         "<script>m",

@@ -62,10 +62,10 @@ def test_paint_covers_pictures_that_no_grid_divides_and_small_ones_grow() -> Non
 def test_the_colours_over_a_picture_are_those_of_the_legend() -> None:
     shares = np.zeros((1, 4, 3))
     shares[0, range(4), [2, 0, 1, 2]] = 1
-    layer = PatchRouting("blocks.0.mlp_channels", shares, exact=True)
-    (found,) = overlays(layer, [np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)], (2, 2))
+    layer = PatchRouting("blocks.0.mlp_channels", shares, True, (2, 2))
+    (found,) = overlays(layer, [np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)])
     coloured = {tuple(pixel) for pixel in found.reshape(-1, 3).tolist() if len(set(pixel)) > 1}
-    figure = patches_figure([layer], [found], ["a"], (2, 2))
+    figure = patches_figure([layer], [found], ["a"])
     legend = [text.get_color() for text in figure.texts if text.get_text() == "\N{BLACK SQUARE}"]
     assert coloured == {tuple(round(255 * part) for part in to_rgb(colour)) for colour in legend}
     assert legend == expert_colours(3)
@@ -76,8 +76,8 @@ def test_the_colours_over_a_picture_are_those_of_the_legend() -> None:
 
 def test_class_names_are_whole_in_the_pictures() -> None:
     name = "greater_flamingo (Phoenicopterus roseus)"
-    layer = PatchRouting("blocks.0.mlp_channels", np.full((2, 4, 2), 0.5), exact=True)
-    figure = patches_figure([layer], [np.zeros((8, 8, 3), np.uint8)] * 2, [name, "b"], (2, 2))
+    layer = PatchRouting("blocks.0.mlp_channels", np.full((2, 4, 2), 0.5), True, (2, 2))
+    figure = patches_figure([layer], [np.zeros((8, 8, 3), np.uint8)] * 2, [name, "b"])
     heads = [axes.get_title() for axes in figure.axes]
     assert "".join(heads[0].split()) == "".join(name.split())
     assert max(map(len, heads[0].split("\n"))) <= 13
@@ -86,7 +86,7 @@ def test_class_names_are_whole_in_the_pictures() -> None:
 def test_the_picture_of_channels_shows_the_share_of_images() -> None:
     gates = np.zeros((2, 3, 2))
     gates[0, :, 0], gates[1, 0, 0], gates[1, 1:, 1] = 0.5, 0.5, 0.5
-    axes = channels_figure(ChannelRouting("a", gates, np.zeros((2, 4)))).axes[0]
+    axes = channels_figure(ChannelRouting("a", gates, np.zeros((2, 4)), (2, 2))).axes[0]
     np.testing.assert_allclose(axes.images[0].get_array(), [[1, 0.5, 0.5], [0, 0.5, 0.5]])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["expert 0", "expert 1"]
     assert [text.get_text() for text in axes.texts] == ["66.7 %", "33.3 %", "load"]
@@ -94,15 +94,15 @@ def test_the_picture_of_channels_shows_the_share_of_images() -> None:
 
 def test_the_largest_square_from_the_strongest_tenth_on() -> None:
     share = 0.5 + np.linspace(-0.1, 0.1, 101)
-    layer = PatchRouting("a", np.stack([share, 1 - share], -1)[None], exact=False)
+    layer = PatchRouting("a", np.stack([share, 1 - share], -1)[None], False, (1, 101))
     strengths = np.abs(share - 0.5)
     assert full_scale(layer) == pytest.approx(np.quantile(strengths, 0.9))
-    assert full_scale(PatchRouting("a", layer.shares, exact=True)) == 1
+    assert full_scale(PatchRouting("a", layer.shares, True, (1, 101))) == 1
 
 
 def test_an_expert_without_channels_has_no_pattern_but_is_named() -> None:
     patterns = np.array([[0.1, -0.1, 0, 0], [np.nan] * 4])
-    figure = patterns_figure(ChannelRouting("a", np.zeros((1, 2, 2)), patterns), (2, 2))
+    figure = patterns_figure(ChannelRouting("a", np.zeros((1, 2, 2)), patterns, (2, 2)))
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert "none" in texts and "expert 1" in texts
 

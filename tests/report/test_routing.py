@@ -57,10 +57,10 @@ def test_a_patch_nothing_reads_from_belongs_to_all_alike() -> None:
 def test_dominant_expert_stands_out_against_the_mean_over_the_patches() -> None:
     # Expert 0 leads everywhere; expert 1 stands out in patch 1, where it is above its own mean.
     shares = np.array([[[0.9, 0.1], [0.6, 0.4]]])
-    expert, strength = routing.dominant_expert(routing.PatchRouting("a", shares, exact=False))
+    expert, strength = routing.dominant_expert(routing.PatchRouting("a", shares, False, (1, 2)))
     assert expert.tolist() == [[0, 1]]
     np.testing.assert_allclose(strength, [[0.15, 0.15]])
-    expert, strength = routing.dominant_expert(routing.PatchRouting("a", shares, exact=True))
+    expert, strength = routing.dominant_expert(routing.PatchRouting("a", shares, True, (1, 2)))
     assert expert.tolist() == [[0, 0]]
     np.testing.assert_allclose(strength, [[0.9, 0.6]])
 
@@ -90,7 +90,7 @@ def test_trace_reads_every_sparse_layer(images: torch.Tensor) -> None:
     found = routing.trace(model, images)
     assert [layer.layer for layer in found.patches] == ["blocks.4.mlp_channels", "blocks.5.mlp_channels"]
     assert [layer.layer for layer in found.channels] == ["blocks.4.mlp_tokens", "blocks.5.mlp_tokens"]
-    assert found.grid == (4, 4)
+    assert {layer.grid for layer in (*found.patches, *found.channels)} == {(4, 4)} and not found.unplaced
     np.testing.assert_allclose(found.logits, model(images).detach().numpy(), rtol=1e-6)
     for layer in found.patches:
         assert layer.shares.shape == (3, 16, 4) and not layer.exact
@@ -134,7 +134,7 @@ def test_trace_leaves_the_model_as_it_was(images: torch.Tensor) -> None:
     routing.trace(model, images)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -148,6 +148,6 @@ def test_trace_of_a_dense_model_finds_nothing(images: torch.Tensor) -> None:
 def test_order_sorts_channels_by_favourite_expert() -> None:
     gates = np.zeros((2, 4, 2))
     gates[:, 0, 1], gates[:, 1, 0], gates[:, 2, 1], gates[:, 3, 0] = 0.4, 0.3, 0.9, 0.8
-    found = routing.ChannelRouting("a", gates, np.zeros((2, 1)))
+    found = routing.ChannelRouting("a", gates, np.zeros((2, 1)), (1, 1))
     assert found.order().tolist() == [3, 1, 2, 0]
     assert found.load().tolist() == [0.5, 0.5]

@@ -4,38 +4,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import Any
 
 from sparse_mlp import jobs
 from sparse_mlp.cli.compare import check_out, show_comparison
 from sparse_mlp.cli.output import console
-from sparse_mlp.cli.parse import parse
+from sparse_mlp.cli.parse import asks_help, parse, split_names
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import writing_into
 
-_DESCRIPTION = """Write the report of a run again, or a page that compares several runs."""
+_DESCRIPTION = """Write the report of a run again, or a page that compares several runs.
+
+    sparse-mlp report RUN [options]
+    sparse-mlp report RUN RUN ... [--out FOLDER]
+
+Which options there are depends on the kind of run; a run on whole images whose model has experts takes --images
+FOLDER, pictures of your own, and writes what the experts do with them, routing.html, in place of its own page."""
 
 
 @dataclass(frozen=True)
-class ReportArguments:
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
-    """Folders of runs, finished or not."""
-
+class ComparisonOptions:
     out: Path | None = None
-    """Folder of the page that compares several. Left out: runs/compare."""
+    """Of several runs: folder of the page that compares them. Left out: runs/compare."""
 
 
 def run(arguments: list[str]) -> int:
-    given = parse(ReportArguments, arguments, prog="report", description=_DESCRIPTION)
-    if not given.runs:
+    names, options = split_names(arguments)
+    if not names and not asks_help(options):
         raise UserError("report takes a run folder: sparse-mlp report RUN ...")
-    if len(given.runs) > 1:
-        check_out(given.out or Path("runs/compare"))
-        show_comparison([jobs.Run(path) for path in given.runs], given.out or Path("runs/compare"))
+    if len(names) != 1:
+        given = parse(ComparisonOptions, options, prog="report", description=_DESCRIPTION)
+        out = given.out or Path("runs/compare")
+        check_out(out)
+        show_comparison([jobs.Run(Path(name)) for name in names], out)
         return 0
-    if given.out is not None:
-        raise UserError(f"--out {given.out} would be ignored: the page of a run is in its folder")
-    page = jobs.Run(given.runs[0]).report()
+    if any(word.split("=")[0] == "--out" for word in options):
+        raise UserError("--out would be ignored: the page of a run is in its folder")
+    run = jobs.Run(Path(names[0]))
+    kind = run.job.report_options_type
+    chosen: Any = parse(kind, options, prog="report", description=_DESCRIPTION, default=kind())
+    with writing_into(run.path):
+        page = run.job.report_with(run.folder, chosen)
     console().print(f"report: {page}", markup=False, soft_wrap=True)
     return 0

@@ -29,9 +29,12 @@ from sparse_mlp.data import (
 from sparse_mlp.data.sets import ignored_options
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
+from sparse_mlp.jobs.capacity_curve import write_capacity_curve
 from sparse_mlp.jobs.images import (
     ImageJob,
+    RoutingReportOptions,
     file_names,
+    image_source,
     load_inputs,
     load_split,
     load_trained,
@@ -76,6 +79,9 @@ class ClassifyEvalOptions(EvalOptions):
 
     model: InferenceConfig = field(default_factory=InferenceConfig)
 
+    curve: bool = False
+    """Evaluate also with less computation for the experts, at several capacities; the report draws the curve."""
+
 
 @dataclass(frozen=True)
 class ClassifyPredictOptions(PredictOptions):
@@ -98,6 +104,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
     scores = ("top1", "top5")
     eval_options_type = ClassifyEvalOptions
     predict_options_type = ClassifyPredictOptions
+    report_options_type = RoutingReportOptions
 
     def __init__(self, recipe: ClassifyRecipe, context: Context | None = None) -> None:
         super().__init__(recipe, context)
@@ -145,6 +152,12 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         log_notes(data)
         spec = replace(data.spec, classes=spec.classes)
         model = load_trained(run, options.checkpoint, spec, options.model.args)
+        if options.curve:
+            if not own:
+                raise UserError("--curve is of the run's own images")
+            write_capacity_curve(
+                run, model, spec, lambda m: evaluate_model(m, recipe.task, data, images, device).metrics["top1"]
+            )
         return evaluate_model(model, recipe.task, data, images, device)
 
     @classmethod
@@ -175,7 +188,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         except (UserError, OSError) as error:
             _log.warning("the report of %s shows no images: %s", run.path, error)
             return write_classification_report(run.path, macs=macs)
-        return write_classification_report(run.path, model, samples(run, data), macs=macs)
+        return write_classification_report(run.path, model, samples(run, data), image_source(data, macs), macs=macs)
 
 
 def evaluate_model(

@@ -20,6 +20,10 @@ AT_INFERENCE = ("top_k", "eval_capacity_ratio", "capacity_group", "prioritized",
 """Arguments of experts that need no other weights."""
 
 
+_NOT_FURTHER = {"num_experts", "top_k", "renormalize"}  # fields of their own
+_NOT_FURTHER |= {"dim", "hidden_dim", "act", "gate", "bias", "drop", "norm_layer", "channels_first", "device", "dtype"}
+
+
 def has_experts(config: ExpertsConfig) -> bool:
     return config.blocks is not None
 
@@ -56,8 +60,7 @@ def check_experts(config: ExpertsConfig) -> None:
         if changed:
             raise UserError(f"model.experts.{changed[0]} would be ignored: model.experts.blocks does not say where")
         return
-    own = {"num_experts", "top_k", "init", "renormalize", "dim", "hidden_dim", "device", "dtype"}
-    known = [name for name in inspect.signature(MoeMlp).parameters if name not in own]
+    known = [name for name in inspect.signature(MoeMlp).parameters if name not in _NOT_FURTHER]
     for name in config.args:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -22,18 +22,21 @@ from sparse_mlp.data import (
     ImageData,
     InputSpec,
     build_datasets,
+    display_name,
+    find_images,
     image_data_from,
     is_remote,
+    read_image,
 )
 from sparse_mlp.engine import Evaluation, RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json
 from sparse_mlp.jobs.experts import add_experts, change_at_inference, has_experts, sparsify_arguments
-from sparse_mlp.jobs.job import INPUTS, Context, Job, check_export_target
+from sparse_mlp.jobs.job import INPUTS, Context, Job, ReportOptions, check_export_target
 from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.model import build_model, check_model_arguments, load_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe, from_json
-from sparse_mlp.report import Samples, read_run, wanted_images
+from sparse_mlp.report import ImageSource, Samples, images_to_explore, read_run, wanted_images, write_routing_report
 from sparse_mlp.report.cost import count_macs, count_parameters
 from sparse_mlp.weights.write import write_file
 
@@ -46,6 +49,14 @@ SPLIT = "split.json"
 
 OWN_DATASETS = "own"
 """What data.name becomes in the configuration of a run on a user's own datasets."""
+
+
+@dataclass(frozen=True)
+class RoutingReportOptions(ReportOptions):
+    """How a run on whole images is reported."""
+
+    images: Path | None = None
+    """Folder of pictures: write routing.html, what the experts do with these, in place of the run's own page."""
 
 
 class ImageJob(Job[R]):
@@ -105,6 +116,15 @@ class ImageJob(Job[R]):
     @classmethod
     def load(cls, run: RunFolder, checkpoint: Path | None = None) -> nn.Module:
         return load_trained(run, checkpoint)
+
+    @classmethod
+    def report_with(cls, run: RunFolder, options: ReportOptions) -> Path:
+        if not isinstance(options, RoutingReportOptions) or options.images is None:
+            return cls.report(run)
+        if not run.has_checkpoint():
+            raise UserError(f"{run.path} has no weights yet: there is no routing to show")
+        spec, (_, macs) = load_inputs(run), cls.cost(run)
+        return write_routing_report(run.path, cls.load(run), own_images(options.images, spec, macs), spec.classes)
 
     @classmethod
     def cost(cls, run: RunFolder) -> tuple[int | None, int | None]:
@@ -260,6 +280,46 @@ def samples(run: RunFolder, data: ImageData) -> Samples | None:
     index = {place: number for number, place in places.items()}
     numbers = torch.tensor([index[place] for place in batch["index"].tolist()], dtype=torch.long)
     return Samples(batch["image"], batch["target"], numbers, data.spec.mean, data.spec.std) if len(numbers) else None
+
+
+def image_source(data: ImageData, macs: int | None) -> ImageSource | None:
+    """The test images for the report to look through; None for a stream, whose images have no numbers."""
+    images: Any = data.test
+    if isinstance(images, IterableDataset):
+        return None
+
+    def read(indices: Sequence[int]) -> Samples | None:
+        readable = []
+        for index in indices:
+            try:
+                readable.append(images.batch([index]))
+            except BadImageError as error:
+                _log.warning("the report does not show: %s", error)
+        parts = [part for part in readable if len(part["index"])]
+        if not parts:
+            return None
+        batch = {name: torch.cat([part[name] for part in parts]) for name in ("image", "target", "index")}
+        return Samples(batch["image"], batch["target"], batch["index"], data.spec.mean, data.spec.std)
+
+    return ImageSource(read, images_to_explore(len(images), macs), len(images), data.classes)
+
+
+def own_images(folder: Path, spec: InputSpec, macs: int | None) -> ImageSource:
+    """The pictures of a folder as a model takes them, called by their file names. FileNotFoundError if it has none."""
+    files = find_images([folder])
+
+    def read(indices: Sequence[int]) -> Samples | None:
+        images = {}
+        for index in indices:
+            try:
+                images[index] = spec.transform(read_image(files[index], spec.channels))
+            except BadImageError as error:
+                _log.warning("left out: %s", error)
+        number = torch.tensor(list(images), dtype=torch.long)
+        return Samples(torch.stack(list(images.values())), number, number, spec.mean, spec.std) if images else None
+
+    names = [display_name(file.relative_to(folder) if folder.is_dir() else file.name) for file in files]
+    return ImageSource(read, images_to_explore(len(files), macs), len(files), names)
 
 
 def _places(run: RunFolder, images: Any, wanted: Sequence[int]) -> dict[int, int]:

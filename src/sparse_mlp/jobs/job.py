@@ -76,6 +76,11 @@ class PredictOptions:
     """Open what the run folder names even if that can execute or fetch something."""
 
 
+@dataclass(frozen=True)
+class ReportOptions:
+    """How a run is reported: a kind may have options of its own."""
+
+
 class Job(ABC, Generic[R]):
     """One run: the task and the loaders of a recipe.
 
@@ -87,6 +92,7 @@ class Job(ABC, Generic[R]):
     recipe_type: ClassVar[type[Recipe]]
     eval_options_type: ClassVar[type[EvalOptions]] = EvalOptions
     predict_options_type: ClassVar[type[PredictOptions]] = PredictOptions
+    report_options_type: ClassVar[type[ReportOptions]] = ReportOptions
 
     free: ClassVar[frozenset[str]] = frozenset(f"train.{name}" for name in FREE_ON_RESUME)
     """Fields that the weights do not depend on, as dotted names: they may change when a run is resumed."""
@@ -166,6 +172,11 @@ class Job(ABC, Generic[R]):
     def report(cls, run: RunFolder, context: Context | None = None) -> Path:
         """Write the page of a run, finished or not; `context` is the one it was trained in, where it just was."""
         return write_plain_report(run.path)
+
+    @classmethod
+    def report_with(cls, run: RunFolder, options: ReportOptions) -> Path:
+        """Write the page of a run as options of its kind say; without any, `report`."""
+        return cls.report(run)
 
     @classmethod
     def load(cls, run: RunFolder, checkpoint: Path | None = None) -> nn.Module:

@@ -29,7 +29,7 @@ from sparse_mlp.data import (
 from sparse_mlp.engine import Batch, Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.classify import predict_pictures
-from sparse_mlp.jobs.images import ImageJob, load_inputs, load_trained, open_images
+from sparse_mlp.jobs.images import ImageJob, RoutingReportOptions, load_inputs, load_trained, open_images
 from sparse_mlp.jobs.job import Context, PredictOptions, Row
 from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
@@ -66,6 +66,7 @@ class PretrainJob(ImageJob[PretrainRecipe]):
 
     recipe_type = PretrainRecipe
     scores = ("knn_top1",)
+    report_options_type = RoutingReportOptions
 
     def __init__(self, recipe: PretrainRecipe, context: Context | None = None) -> None:
         super().__init__(recipe, context)

@@ -75,10 +75,11 @@ class Run:
         """The model in evaluation mode, with the newest weights or those of a file."""
         return self.job.load(self.folder, Path(checkpoint) if checkpoint is not None else None)
 
-    def report(self) -> Path:
-        """Write the run's page; returns its path."""
+    def report(self, **options: Any) -> Path:
+        """Write the run's page; returns its path. Options as in `sparse-mlp report`: `report(images="photos/")`."""
+        given = change_fields(self.job.report_options_type(), options)
         with writing_into(self.path):
-            return self.job.report(self.folder)
+            return self.job.report_with(self.folder, given)
 
     def export(self, target: str | Path) -> str:
         """Write the run's model as bare weights; returns the code that loads them."""

@@ -95,8 +95,8 @@ def make_experts(
     """
     dd: dict[str, Any] = {"device": device, "dtype": dtype}
     module = make_activation(act)
-    biases = bias if isinstance(bias, tuple) else (bias, bias)
-    drops = drop if isinstance(drop, tuple) else (drop, drop)
+    biases = (bias, bias) if isinstance(bias, bool) else (bias[0], bias[1])
+    drops = (drop, drop) if isinstance(drop, int | float) else (drop[0], drop[1])
     gelu = _gelu(module)
     if gelu is not None and gate is None and biases == (True, True) and drops == (0.0, 0.0) and norm_layer is None:
         return Experts(dim, hidden_dim, num_experts, gelu, **dd)

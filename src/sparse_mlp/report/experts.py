@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
@@ -23,7 +23,7 @@ from sparse_mlp.report.pictures import channels_figure, full_scale, overlays, pa
 from sparse_mlp.report.predictions import Floats, Ints
 from sparse_mlp.report.routing import ChannelRouting, MeasuredLoad, Traced, trace
 from sparse_mlp.report.run import Routing, RunData
-from sparse_mlp.report.samples import Pixels, Samples, example_rows, picture
+from sparse_mlp.report.samples import MAX_EXAMPLES, SMALL, Pixels, Samples, example_rows, picture
 from sparse_mlp.report.style import expert_colours
 
 _KINDS = {"mlp_tokens": "token mixing: routes channels", "mlp_channels": "channel mixing: routes tokens"}
@@ -150,17 +150,30 @@ def _layer_load(name: str, routing: Routing, figures: Figures, *, captions: bool
 
 @dataclass(frozen=True)
 class Examples:
-    """Test images with what the model did with them; `names` are those of all classes."""
+    """Images with what the model did with them; `names` are those of its classes, none if it has no classifier.
 
+    labels: what each image is called, its true class where `targets` are known.
+    """
+
+    samples: Samples
     pictures: list[Pixels]
-    targets: Ints
+    targets: Ints | None
+    labels: Sequence[str]
     names: Sequence[str]
     traced: Traced
 
-    @property
-    def labels(self) -> list[str]:
-        """The true class of each image."""
-        return [self.names[target] for target in self.targets]
+    def right(self, i: int) -> bool:
+        """Whether the model recognised an image; True where its class is not known."""
+        return self.targets is None or int(self.traced.logits[i].argmax()) == self.targets[i]
+
+    def answer(self, i: int) -> str:
+        """What the model takes an image for, and how surely."""
+        if not self.names:
+            return ""
+        logits = self.traced.logits[i]
+        known = self.targets is not None and self.right(i)
+        found = "recognised" if known else f"taken for {self.names[logits.argmax()]}"
+        return f"{found}, p = {1 / np.exp(logits - logits.max()).sum():.2f}"
 
 
 def trace_examples(run: RunData, model: nn.Module, samples: Samples, names: Sequence[str], seed: int) -> Examples:
@@ -170,10 +183,14 @@ def trace_examples(run: RunData, model: nn.Module, samples: Samples, names: Sequ
     if run.predictions is not None:
         chosen = [int(run.predictions.index[row]) for row in example_rows(run.predictions.target, seed)]
         rows = [where[index] for index in chosen if index in where] or rows
-    traced = trace(model, samples.images[rows])
+    chosen_samples = replace(
+        samples, images=samples.images[rows], targets=samples.targets[rows], index=samples.index[rows]
+    )
+    traced = trace(model, chosen_samples.images)
     names = names or [str(c) for c in range(traced.logits.shape[1])]
-    pictures = [picture(samples.images[row], samples.mean, samples.std) for row in rows]
-    return Examples(pictures, targets[rows], names, traced)
+    pictures = [picture(image, samples.mean, samples.std) for image in chosen_samples.images]
+    labels = [names[target] for target in targets[rows]]
+    return Examples(chosen_samples, pictures, targets[rows], labels, names, traced)
 
 
 @dataclass(frozen=True)
@@ -195,14 +212,14 @@ class PatchesSection:
     cards: list[Card]
 
 
-def patches_section(examples: Examples, figures: Figures) -> PatchesSection | None:
-    """Return where the patches of the images went; None without layers that route patches."""
+def patches_section(examples: Examples, figures: Figures, figure: str = "routing_patches") -> PatchesSection | None:
+    """Return where the patches of the images went; None without layers that route patches. `figure` names its file."""
     traced = examples.traced
-    if not traced.patches or traced.grid is None:
+    if not traced.patches:
         return None
-    pictures = examples.pictures
-    figures.save(patches_figure(traced.patches, pictures, examples.labels, traced.grid), "routing_patches")
-    painted = {layer.layer: overlays(layer, pictures, traced.grid) for layer in traced.patches}
+    pictures = examples.pictures[:MAX_EXAMPLES]
+    figures.save(patches_figure(traced.patches, pictures, examples.labels[:MAX_EXAMPLES]), figure)
+    painted = {layer.layer: overlays(layer, pictures) for layer in traced.patches}
     cards = [_card(examples, i, {layer: drawn[i] for layer, drawn in painted.items()}) for i in range(len(pictures))]
     experts = max(layer.num_experts for layer in traced.patches)
     named = [Swatch(colour, f"expert {e}") for e, colour in enumerate(expert_colours(experts))]
@@ -211,13 +228,13 @@ def patches_section(examples: Examples, figures: Figures) -> PatchesSection | No
 
 def _card(examples: Examples, i: int, painted: dict[str, Pixels]) -> Card:
     """Return one image, the same painted by every layer, and whether the model recognised it."""
-    logits, target = examples.traced.logits[i], int(examples.targets[i])
-    winner, label = int(logits.argmax()), examples.names[target]
-    probability = 1 / np.exp(logits - logits.max()).sum()
-    drawn = [image(examples.pictures[i], f"test image of class {label}", "image")]
-    drawn += [image(pixels, f"experts of the patches in {layer}", _block(layer)) for layer, pixels in painted.items()]
-    answer = "recognised" if winner == target else f"taken for {examples.names[winner]}"
-    return Card(label, f"{answer}, p = {probability:.2f}", winner == target, drawn)
+    label, photo = examples.labels[i], max(examples.samples.images.shape[-2:]) > SMALL
+    drawn = [image(examples.pictures[i], f"image: {label}", "image", photo=photo)]
+    drawn += [
+        image(pixels, f"experts of the patches in {layer}", _block(layer), photo=photo)
+        for layer, pixels in painted.items()
+    ]
+    return Card(label, examples.answer(i), examples.right(i), drawn)
 
 
 def _patches_lead(traced: Traced) -> str:
@@ -251,17 +268,17 @@ _PATTERNS = (
 def channels_section(examples: Examples, figures: Figures) -> LoadSection | None:
     """Return where the channels of the images went; None without layers that route channels."""
     traced = examples.traced
-    if not traced.channels or traced.grid is None:
+    if not traced.channels:
         return None
     lead = (
         "The token-mixing experts route channels: each channel is a vector over the tokens, and different experts mix "
         "it differently across the image. Shown for the images above."
     )
-    layers = [_layer_channels(layer, traced.grid, figures, captions=i == 0) for i, layer in enumerate(traced.channels)]
+    layers = [_layer_channels(layer, figures, captions=i == 0) for i, layer in enumerate(traced.channels)]
     return LoadSection(lead, layers=layers)
 
 
-def _layer_channels(routing: ChannelRouting, grid: tuple[int, int], figures: Figures, *, captions: bool) -> LayerLoad:
+def _layer_channels(routing: ChannelRouting, figures: Figures, *, captions: bool) -> LayerLoad:
     key = _file_name(routing.layer)
     changing = float((routing.gates.argmax(-1) != routing.gates.mean(0).argmax(-1)).mean())
     shares, patterns = (_SHARES, _PATTERNS) if captions else ("", "")
@@ -272,7 +289,7 @@ def _layer_channels(routing: ChannelRouting, grid: tuple[int, int], figures: Fig
         "favour over all these images.",
         [
             figures.add(channels_figure(routing), f"channels_{key}", shares, scroll="scroll far"),
-            figures.add(patterns_figure(routing, grid), f"patterns_{key}", patterns),
+            figures.add(patterns_figure(routing), f"patterns_{key}", patterns),
         ],
     )
 

@@ -29,6 +29,8 @@ TITLES = {
     "ap": "Classes",
     "examples": "Best and worst",
     "load": "Load of the experts",
+    "capacity": "Less computation",
+    "explore": "Explore the routing",
     "patches": "Where patches go",
     "channels": "Where channels go",
     "accuracy": "On the test set",

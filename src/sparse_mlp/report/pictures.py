@@ -27,13 +27,13 @@ def full_scale(routing: PatchRouting) -> float:
     return 1.0 if routing.exact else max(float(np.quantile(dominant_expert(routing)[1], _FULL_QUANTILE)), 1e-12)
 
 
-def overlays(routing: PatchRouting, pictures: Sequence[Pixels], grid: tuple[int, int]) -> list[Pixels]:
+def overlays(routing: PatchRouting, pictures: Sequence[Pixels]) -> list[Pixels]:
     """Draw over each picture which expert its patches went to: colour = expert, area of a square = how strongly."""
     experts, strength = dominant_expert(routing)
     area = np.clip(strength / full_scale(routing), 0, 1)
     colours = np.array([to_rgb(colour) for colour in expert_colours(routing.num_experts)])
     return [
-        paint(pixels, colours[experts[image]].reshape(*grid, 3), area[image].reshape(grid))
+        paint(pixels, colours[experts[image]].reshape(*routing.grid, 3), area[image].reshape(routing.grid))
         for image, pixels in enumerate(pictures)
     ]
 
@@ -62,9 +62,7 @@ def _cells(length: int, cells: int) -> tuple[Ints, Floats]:
 
 
 @styled
-def patches_figure(
-    layers: Sequence[PatchRouting], pictures: Sequence[Pixels], names: Sequence[str], grid: tuple[int, int]
-) -> Figure:
+def patches_figure(layers: Sequence[PatchRouting], pictures: Sequence[Pixels], names: Sequence[str]) -> Figure:
     """Draw the pictures in the first row and under them, a row for each layer, where their patches went."""
     rows, columns = 1 + len(layers), len(pictures)
     heads = [wrap(name, 12) for name in names]
@@ -73,7 +71,7 @@ def patches_figure(
     top = 0.16 + 0.14 * max(head.count("\n") + 1 for head in heads)
     figure = Figure(figsize=(left + max(cell * columns, 4.2) + 0.1, top + cell * rows + bottom))
     width, height = figure.get_size_inches()
-    drawn = [list(pictures), *(overlays(layer, pictures, grid) for layer in layers)]
+    drawn = [list(pictures), *(overlays(layer, pictures) for layer in layers)]
     for row, line in enumerate(drawn):
         for column, pixels in enumerate(line):
             x, y = left + column * cell, height - top - (row + 1) * cell
@@ -130,7 +128,7 @@ def channels_figure(routing: ChannelRouting) -> Figure:
 
 
 @styled
-def patterns_figure(routing: ChannelRouting, grid: tuple[int, int]) -> Figure:
+def patterns_figure(routing: ChannelRouting) -> Figure:
     """Draw for each expert where its channels are stronger (orange) or weaker (purple) than all channels are."""
     experts = routing.num_experts
     columns = min(experts, 4)
@@ -143,7 +141,7 @@ def patterns_figure(routing: ChannelRouting, grid: tuple[int, int]) -> Figure:
     for expert, colour in enumerate(expert_colours(experts)):
         x, y = 0.02 + (expert % columns) * step, height - 0.5 - 0.98 * (expert // columns + 1)
         axes = figure.add_axes((x / width, (y + 0.08) / height, cell / width, cell / height))
-        pattern = routing.patterns[expert].reshape(grid)
+        pattern = routing.patterns[expert].reshape(routing.grid)
         drawn = axes.imshow(pattern, cmap="PuOr_r", vmin=-scale, vmax=scale, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])

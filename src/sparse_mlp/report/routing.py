@@ -6,14 +6,18 @@ B images, S patches, T routed tokens (T = S without Re-represent layers), C chan
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse_mlp.moe import telemetry
+from sparse_mlp.moe import MoeMlp, telemetry
 from sparse_mlp.moe.telemetry import RoutingRecord
 from sparse_mlp.report.predictions import Floats, Ints
+from sparse_mlp.report.watch import TOKEN_MIXING, Placement, Watched, grid_of, place, watch
+
+MAX_FILTERS = 24  # hidden units of an expert that are drawn
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,16 @@ class PatchRouting:
     """Channel mixing: the share of every expert in every patch, (B, S, E), each patch's shares summing to 1.
 
     `exact` says that the routed tokens are the patches themselves; otherwise the shares are attributions through the
-    Re-represent layer (see `patch_shares`).
+    Re-represent layer (see `patch_shares`). `grid` (h, w) is where the S patches lie, row by row. Where the routing is
+    exact, `scores` (B, S, E) are the router's and `chosen` (B, S, K) the experts of each patch, -1 for a dropped one.
     """
 
     layer: str
     shares: Floats
     exact: bool
+    grid: tuple[int, int]
+    scores: Floats | None = None
+    chosen: Ints | None = None
 
     @property
     def num_experts(self) -> int:
@@ -37,13 +45,16 @@ class PatchRouting:
 class ChannelRouting:
     """Token mixing: `gates` (B, C, E) of every channel, zero for experts that did not get it, and `patterns` (E, S).
 
-    patterns: how strong an expert's channels are at each patch, the mean over its channels and the images, relative to
-    the mean over all channels (0 = alike); NaN for an expert without channels.
+    patterns: how strong an expert's channels are at each patch of the `grid` (h, w), the mean over its channels and the
+    images, relative to the mean over all channels (0 = alike); NaN for an expert without channels.
+    filters: (E, F, S) the first-layer weights of an expert's hidden units over the patches, the strongest units first.
     """
 
     layer: str
     gates: Floats
     patterns: Floats
+    grid: tuple[int, int]
+    filters: Floats | None = None
 
     @property
     def num_experts(self) -> int:
@@ -62,47 +73,82 @@ class ChannelRouting:
 
 @dataclass(frozen=True)
 class Traced:
-    """What a model did with B images: `logits` (B, classes), the patch grid (h, w), and its MoE layers in order."""
+    """What a model did with B images: its output, (B, classes) for a classifier, and its MoE layers in order.
+
+    `unplaced`: why the items of a layer cannot be drawn on an image, by the layer's name.
+    """
 
     logits: Floats
-    grid: tuple[int, int] | None = None
     patches: list[PatchRouting] = field(default_factory=list)
     channels: list[ChannelRouting] = field(default_factory=list)
+    unplaced: dict[str, str] = field(default_factory=dict)
 
 
-@torch.no_grad()
 def trace(model: nn.Module, images: Tensor) -> Traced:
-    """Run the model on images (B, C, H, W) in evaluation mode and read its routing.
-
-    MoE layers that are not the `mlp_tokens` or `mlp_channels` of a block, and models without a `patch_grid`, have
-    nothing to be drawn on an image and are left out.
-    """
-    inputs: dict[str, Tensor] = {}
-    layers = telemetry.moe_layers(model)
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
-        for name, layer in layers.items()
-    ]
-    try:
-        with telemetry.record(model) as records:
-            logits = _evaluate(model, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = Traced(_numpy(logits), getattr(model, "patch_grid", None))
-    if found.grid is None:
-        return found
-    for name, layer in layers.items():
-        block, _, kind = name.rpartition(".")
-        weight = _mixing_weight(model.get_submodule(block))
-        if records[name] and kind == "mlp_channels":
-            gates = dense_gates(records[name][-1], _num_experts(layer))
-            if (gates.shape[1] if weight is None else weight.shape[1]) == found.grid[0] * found.grid[1]:
-                found.patches.append(PatchRouting(name, patch_shares(gates, weight), weight is None))
-        elif records[name] and kind == "mlp_tokens":
-            gates = dense_gates(records[name][-1], _num_experts(layer))
-            found.channels.append(ChannelRouting(name, gates, channel_patterns(gates, _numpy(inputs[name]), weight)))
+    """Run the model on images (B, C, H, W) in evaluation mode and read the routing of every MoE layer."""
+    output, seen = watch(model, images)
+    found = Traced(_numpy(output))
+    for name, one in seen.items():
+        weight = mixing_weight(model, name)
+        if name.rpartition(".")[2] == TOKEN_MIXING:
+            routing: ChannelRouting | PatchRouting | str = _channel_routing(name, one, images, weight)
+        else:
+            routing = patch_routing(model, name, one, images, weight)
+        if isinstance(routing, str):
+            found.unplaced[name] = routing
+        elif isinstance(routing, PatchRouting):
+            found.patches.append(routing)
+        else:
+            found.channels.append(routing)
     return found
+
+
+def patch_routing(
+    model: nn.Module, name: str, one: Watched, images: Tensor, weight: Floats | None
+) -> PatchRouting | str:
+    """Where the patches of the images went in a layer; or, in words, why its items are no patches."""
+    gates = dense_gates(one.record, one.num_experts)
+    if weight is not None:
+        grid = grid_of(weight.shape[1], images)
+        if grid is None or gates.shape[1] != len(weight):
+            return f"its {gates.shape[1]} items are mixed of patches that are no grid of the image's shape"
+        return PatchRouting(name, patch_shares(gates, weight), False, grid)
+    placed = place(one.record.experts.shape[:-1], images, int(getattr(model, "num_prefix_tokens", 0)))
+    if isinstance(placed, str):
+        return placed
+    chosen = one.record.experts.where(one.record.kept, -1)
+    parts = (_numpy(one.scores()), chosen.cpu().numpy())
+    gates, scores, chosen = (_patches(part, placed) for part in (gates, *parts))
+    return PatchRouting(name, patch_shares(gates, None), True, placed.grid, scores, chosen)
+
+
+def _patches(items: Any, placed: Placement) -> Any:
+    """(B, h, w, X) or (B, N, X) -> (B, S, X) without the items that are no patches."""
+    return items.reshape(len(items), -1, items.shape[-1])[:, placed.skipped :]
+
+
+def _channel_routing(name: str, one: Watched, images: Tensor, weight: Floats | None) -> ChannelRouting | str:
+    tokens = one.layer.dim
+    grid = grid_of(tokens if weight is None else weight.shape[1], images)
+    if grid is None or one.record.experts.ndim != 3 or (weight is not None and len(weight) != tokens):
+        return f"it mixes {tokens} positions that are no grid of the image's shape"
+    assert one.inputs is not None
+    gates = dense_gates(one.record, one.num_experts)
+    patterns = channel_patterns(gates, _numpy(one.inputs), weight)
+    return ChannelRouting(name, gates, patterns, grid, spatial_filters(one.layer, weight))
+
+
+def spatial_filters(layer: MoeMlp, weight: Floats | None, most: int = MAX_FILTERS) -> Floats:
+    """Return the first-layer weights (E, F, S) of the F hidden units with the largest weights, the largest first.
+
+    `weight` (T, S) takes them from the tokens to the patches that these are mixed from: what the unit would weigh if
+    the layer in between were linear.
+    """
+    filters = _numpy(layer.experts.fc1.weight).transpose(0, 2, 1)
+    if weight is not None:
+        filters = filters @ weight
+    order = np.argsort(-np.linalg.norm(filters, axis=-1), axis=1, kind="stable")[:, :most]
+    return np.take_along_axis(filters, order[..., None], axis=1)
 
 
 @dataclass(frozen=True)
@@ -113,39 +159,21 @@ class MeasuredLoad:
     dropped: float
 
 
-@torch.no_grad()
 def measure_load(model: nn.Module, images: Tensor, batch_size: int = 64) -> dict[str, MeasuredLoad]:
     """Run the model on images (B, C, H, W) in evaluation mode; returns the load of each MoE layer that ran, by name."""
-    layers = telemetry.moe_layers(model)
-    counts = {name: torch.zeros(_num_experts(layer), dtype=torch.float64) for name, layer in layers.items()}
-    dropped = dict.fromkeys(layers, 0)
-    for part in images.split(batch_size) if layers else []:
-        with telemetry.record(model) as records:
-            _evaluate(model, part)
-        for name, entries in records.items():
-            for entry in entries:
-                counts[name] += torch.bincount(entry.experts.flatten().cpu(), minlength=len(counts[name]))
-                dropped[name] += int((~entry.kept).sum())
+    counts: dict[str, Tensor] = {}
+    dropped: dict[str, int] = {}
+    for part in images.split(batch_size) if telemetry.moe_layers(model) else []:
+        for name, one in watch(model, part)[1].items():
+            for entry in one.records:
+                chosen = torch.bincount(entry.experts.flatten().cpu(), minlength=one.num_experts)
+                counts[name] = counts.get(name, 0) + chosen
+                dropped[name] = dropped.get(name, 0) + int((~entry.kept).sum())
     return {
         name: MeasuredLoad(_numpy(chosen / chosen.sum()), dropped[name] / float(chosen.sum()))
         for name, chosen in counts.items()
         if chosen.sum() > 0
     }
-
-
-def _evaluate(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the model's output in evaluation mode; every module is in its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    parameter = next(model.parameters(), None)
-    try:
-        return model.eval()(images.to(parameter.device) if parameter is not None else images)
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _num_experts(layer: nn.Module) -> int:
-    return int(layer.num_experts)  # type: ignore[arg-type]
 
 
 def dense_gates(record: RoutingRecord, num_experts: int) -> Floats:
@@ -195,9 +223,9 @@ def channel_patterns(gates: Floats, inputs: Floats, weight: Floats | None) -> Fl
     return shape / (overall / overall.mean()) - 1
 
 
-def _mixing_weight(block: nn.Module) -> Floats | None:
-    """Return the (T, S) weight by which the block's Re-represent layer makes tokens from patches, if it has one."""
-    layer = getattr(block, "rerepresent_in", None)
+def mixing_weight(model: nn.Module, name: str) -> Floats | None:
+    """Return the (T, S) weight by which the Re-represent layer before a layer makes tokens from patches, if any."""
+    layer = getattr(model.get_submodule(name.rpartition(".")[0]), "rerepresent_in", None)
     return None if layer is None else _numpy(layer.token_proj.weight)
 
 

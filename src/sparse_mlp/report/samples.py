@@ -23,6 +23,7 @@ Pixels = NDArray[np.uint8]
 MAX_EXAMPLES = 10  # images on which routing is drawn
 MAX_PAIRS = 6  # pairs of confused classes with sample images
 IMAGES_PER_PAIR = 3
+SMALL = 64  # pixels of an image's side up to which it is shown pixel by pixel
 _SIDE = 160  # pixels of a picture on the page, at most
 
 
@@ -85,8 +86,8 @@ def mistake_rows(predictions: Predictions) -> list[tuple[Pair, list[int]]]:
     return [(pair, mistakes_of(predictions, pair, IMAGES_PER_PAIR).tolist()) for pair in pairs]
 
 
-def picture(image: Tensor, mean: Sequence[float], std: Sequence[float], side: int = _SIDE) -> Pixels:
-    """Undo the normalisation of one image (C, H, W): returns (h, w, 3) pixels about `side` long.
+def picture(image: Tensor, mean: Sequence[float], std: Sequence[float], side: int | None = _SIDE) -> Pixels:
+    """Undo the normalisation of one image (C, H, W): returns (h, w, 3) pixels about `side` long; None: as it is.
 
     Small images grow by whole pixels, large ones shrink smoothly. Anything but three channels becomes grey.
     """
@@ -96,6 +97,8 @@ def picture(image: Tensor, mean: Sequence[float], std: Sequence[float], side: in
         array = array.mean(axis=0, keepdims=True).repeat(3, axis=0)
     pixels = np.round(255 * np.clip(array, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
     longest = max(pixels.shape[:2])
+    if side is None:
+        return pixels
     if longest <= side:
         factor = side // longest
         return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
