@@ -9,12 +9,11 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from sparse_mlp.moe import balance, capacity, dense, dispatch, router_bias, telemetry
+from sparse_mlp.moe import capacity, dense, dispatch, losses, telemetry
 from sparse_mlp.moe.arguments import check_arguments
 from sparse_mlp.moe.buffers import NonPersistentBuffers
 from sparse_mlp.moe.experts import Experts
 from sparse_mlp.moe.general_experts import Act, GeneralExperts, make_experts
-from sparse_mlp.moe.kernels import in_transform
 from sparse_mlp.moe.router import NoisyTopKRouter, Routing
 
 
@@ -162,7 +161,7 @@ class MoeMlp(NonPersistentBuffers):
             shared_MD = self.shared(items_ND.repeat(self.shared_experts, 1))
             y_ND = y_ND + shared_MD.view(self.shared_experts, *y_ND.shape).sum(0)
         if self.training:
-            y_ND = self._balance(y_ND, routing, plan)
+            y_ND = losses.add(self, y_ND, routing, plan)
         if self.on_routing is not None:
             self.on_routing(telemetry.RoutingRecord.of(routing, plan, x.shape[:-1]))
         y = y_ND.view(x.shape)
@@ -173,31 +172,3 @@ class MoeMlp(NonPersistentBuffers):
         if ratio is None or x.numel() == 0:
             return dispatch.dropless(routing.experts_NK, self.num_experts)
         return capacity.plan(routing, x.shape, ratio, self.capacity_group, self.prioritized, self._warned)
-
-    def _balance(self, y_ND: Tensor, routing: Routing, plan: dispatch.Plan) -> Tensor:
-        logits = routing.logits_NE, routing.noisy_NE
-        # the load's estimate takes the K-th largest logit for the threshold, which it is not where a bias chooses
-        noise_std = self.router.noise_std if self.router.bias is None else 0.0
-        totals, entropies = balance.expert_totals(*logits, routing.experts_NK, noise_std)
-        importance_E = totals[0]
-        if self.balance_reduce is not None:  # by ranks without an item too, for the others wait for them
-            totals = self.balance_reduce(totals)
-        loss = balance.balance_loss(totals)
-        if not in_transform(loss):
-            self.meter.update(plan, importance_E, entropies, loss)
-            y_ND = self._move_bias(y_ND, plan)
-        weighted = self.balance_weight * loss
-        if self.z_loss_weight > 0:
-            weighted = weighted + self.z_loss_weight * balance.z_loss(routing.logits_NE)
-        if self.on_balance_loss is not None:
-            self.on_balance_loss(weighted)
-            return y_ND
-        return balance.inject_gradient(y_ND, weighted, self.balance_scale)
-
-    def _move_bias(self, y_ND: Tensor, plan: dispatch.Plan) -> Tensor:
-        if self.router.bias is None:
-            return y_ND
-        chosen_E = plan.chosen_E.to(torch.float32)
-        if self.balance_reduce is not None:
-            chosen_E = self.balance_reduce(chosen_E)
-        return router_bias.move_in_backward(y_ND, self.router.bias, router_bias.bias_step(chosen_E, self.bias_rate))
