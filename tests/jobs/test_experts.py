@@ -58,6 +58,16 @@ def test_what_export_prints_loads_the_model(run: sparse_mlp.Run, tmp_path: Path)
     assert all(torch.equal(value, stored[name]) for name, value in space["model"].state_dict().items())
 
 
+def test_its_weights_are_evaluated_as_those_of_a_model(run: sparse_mlp.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["num_blocks=2", "embed_dim=16", "mlp_ratio=(0.5,2.0)", "patch_size=2"]
+    words = ["eval", "mixer_t4_32", "--model-args", *arguments, "--data.name", "digits"]
+    words += ["--checkpoint", str(run.folder.weights())]
+    assert main([*words, "--experts.blocks", "1", "--experts.num-experts", "4"]) == 0
+    assert f"{run.metrics['top1']:.2%}" in capsys.readouterr().out
+    assert main(words) == 2
+    assert "of a model with experts: call `sparse_mlp.sparsify`" in capsys.readouterr().err
+
+
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(run: sparse_mlp.Run, tmp_path: Path) -> None:
     stopped = sparse_mlp.train(recipe(), tmp_path / "run", show=False)
     for checkpoint in sorted((stopped.path / "checkpoints").iterdir())[1:]:

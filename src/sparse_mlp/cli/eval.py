@@ -17,7 +17,7 @@ from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Context, ModelConfig
 from sparse_mlp.jobs.classify import evaluate_model
 from sparse_mlp.jobs.images import log_notes, open_images
-from sparse_mlp.jobs.recipe import Arguments
+from sparse_mlp.jobs.recipe import Arguments, ExpertsConfig
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 _COUNTS = ("images", "nodes")
@@ -35,6 +35,8 @@ class ModelEvalOptions:
 
     model_args: Arguments = field(default_factory=dict)
     """Arguments of MODEL, for example: top_k=(1,1) sparse_blocks=4."""
+
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:1, ..."""
@@ -74,7 +76,7 @@ def _evaluate_model(target: str, options: list[str]) -> dict[str, float]:
     if given.pretrained == (given.checkpoint is not None):
         raise UserError(f"which weights? give either --checkpoint FILE or --pretrained for model {target}")
     images = _as_published(target, given.data)
-    config = ModelConfig(target, given.model_args, given.pretrained)
+    config = ModelConfig(target, given.model_args, given.pretrained, experts=given.experts)
     with distributed.join(given.device) as device:
         data = open_images(images, AugmentConfig(), Context(trusted=True))
         log_notes(data)

@@ -9,7 +9,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from sparse_mlp.moe import balancing, capacity, dense, dispatch, telemetry
+from sparse_mlp.moe import capacity, dense, dispatch, losses, telemetry
 from sparse_mlp.moe.arguments import check_arguments
 from sparse_mlp.moe.buffers import NonPersistentBuffers
 from sparse_mlp.moe.experts import Experts
@@ -137,7 +137,7 @@ class MoeMlp(NonPersistentBuffers):
             shared_MD = self.shared(items_ND.repeat(self.shared_experts, 1))
             y_ND = y_ND + shared_MD.view(self.shared_experts, *y_ND.shape).sum(0)
         if self.training:
-            y_ND = balancing.inject_balance(self, y_ND, routing, plan)
+            y_ND = losses.add(self, y_ND, routing, plan)
         if self.on_routing is not None:
             self.on_routing(telemetry.RoutingRecord.of(routing, plan, x.shape[:-1]))
         y = y_ND.view(x.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -12,7 +13,7 @@ from sparse_mlp.engine.run import read_json
 from sparse_mlp.errors import UserError
 from sparse_mlp.report.curves import percent, round_ticks
 from sparse_mlp.report.page import Drawing, Figures, count
-from sparse_mlp.report.style import BLUE, INK, panel, styled
+from sparse_mlp.report.style import BLUE, INK, ORANGE, panel, styled
 from sparse_mlp.report.style import title as set_title
 
 CURVE = "capacity_curve.json"
@@ -63,11 +64,15 @@ def capacity_section(folder: Path, figures: Figures) -> CapacitySection | None:
 def capacity_figure(points: list[Point]) -> Figure:
     """Draw top-1 over multiply-adds, each point with its capacity."""
     figure, axes = panel()
-    ordered = sorted(points, key=lambda point: point.macs)
-    axes.plot([point.macs for point in ordered], [point.top1 for point in ordered], "o-", color=BLUE, markersize=3.5)
-    for point in ordered:
-        name = "dropless" if point.ratio is None else f"{point.ratio:g}"
-        axes.annotate(name, (point.macs, point.top1), xytext=(0, 5), textcoords="offset points", ha="center", color=INK)
+    limited = sorted((point for point in points if point.ratio is not None), key=lambda point: point.macs)
+    axes.plot([point.macs for point in limited], [point.top1 for point in limited], "o-", color=BLUE, markersize=3.5)
+    for point in points:
+        dropless = point.ratio is None
+        if dropless:
+            axes.plot(point.macs, point.top1, "s", color=ORANGE, markersize=4)
+        above = dropless or point.ratio != 1  # an even share costs about what dropless does
+        place: Any = {"xytext": (0, 5 if above else -11), "textcoords": "offset points", "ha": "center"}
+        axes.annotate("dropless" if dropless else f"{point.ratio:g}", (point.macs, point.top1), color=INK, **place)
     axes.margins(x=0.12, y=0.2)
     axes.yaxis.set_major_formatter(FuncFormatter(percent))
     axes.yaxis.set_major_locator(round_ticks(5))

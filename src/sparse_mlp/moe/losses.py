@@ -1,4 +1,4 @@
-"""What a MoE layer does in training besides: the gradient of its balance loss, the move of its router's bias."""
+"""What a training forward adds to an MoE layer's output: its losses' gradient, its statistics, the step of its bias."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_mlp.moe import balance, router_bias
-from sparse_mlp.moe.dispatch import Plan
+from sparse_mlp.moe import balance, dispatch, router_bias
 from sparse_mlp.moe.kernels import in_transform
 from sparse_mlp.moe.router import Routing
 
@@ -16,15 +15,11 @@ if TYPE_CHECKING:
     from sparse_mlp.moe.layer import MoeMlp
 
 
-def inject_balance(layer: MoeMlp, y_ND: Tensor, routing: Routing, plan: Plan) -> Tensor:
-    """The layer's output, whose backward adds the gradient of the balance loss and of the z-loss to the router's.
-
-    Keeps the layer's statistics. With `balance.collect_balance_loss` the loss is handed over instead.
-    """
-    # The load's estimate takes the K-th largest logit for the threshold, which it is not where a bias chooses.
+def add(layer: MoeMlp, y_ND: Tensor, routing: Routing, plan: dispatch.Plan) -> Tensor:
+    """`y_ND` unchanged; backward through it adds the gradient of the layer's balance and z-loss."""
+    # the load's estimate takes the K-th largest logit for the threshold, which it is not where a bias chooses
     noise_std = layer.router.noise_std if layer.router.bias is None else 0.0
-    logits = routing.logits_NE, routing.noisy_NE
-    totals, entropies = balance.expert_totals(*logits, routing.experts_NK, noise_std)
+    totals, entropies = balance.expert_totals(routing.logits_NE, routing.noisy_NE, routing.experts_NK, noise_std)
     importance_E = totals[0]
     if layer.balance_reduce is not None:  # by ranks without an item too, for the others wait for them
         totals = layer.balance_reduce(totals)
@@ -41,7 +36,7 @@ def inject_balance(layer: MoeMlp, y_ND: Tensor, routing: Routing, plan: Plan) ->
     return balance.inject_gradient(y_ND, weighted, layer.balance_scale)
 
 
-def _move_bias(layer: MoeMlp, y_ND: Tensor, plan: Plan) -> Tensor:
+def _move_bias(layer: MoeMlp, y_ND: Tensor, plan: dispatch.Plan) -> Tensor:
     if layer.router.bias is None:
         return y_ND
     chosen_E = plan.chosen_E.to(torch.float32)
