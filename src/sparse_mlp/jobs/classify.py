@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,19 +30,21 @@ from sparse_mlp.data import (
 from sparse_mlp.data.sets import ignored_options
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
+from sparse_mlp.jobs import deploy
 from sparse_mlp.jobs.images import (
     ImageJob,
     RoutingReportOptions,
     file_names,
     image_source,
     load_inputs,
+    load_model_config,
     load_split,
     load_trained,
     log_notes,
     open_images,
     samples,
 )
-from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
+from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, ProgramOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.report import write_classification_report, write_predictions_csv
@@ -174,6 +177,36 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
             _log.warning("the report of %s shows no images: %s", run.path, error)
             return write_classification_report(run.path, macs=macs)
         return write_classification_report(run.path, model, samples(run, data), image_source(data, macs), macs=macs)
+
+    @classmethod
+    def export_program(cls, run: RunFolder, target: Path, options: ProgramOptions) -> str:
+        """ONNX or torch.export, logits of normalised images; in 8 bits with the accuracy before and after."""
+        deploy.check_target(target, options.to)
+        if options.int8 and options.to != "onnx":
+            raise UserError(f"--int8 would be ignored: it is of --to onnx, not of --to {options.to}")
+        spec, model, name = load_inputs(run), load_trained(run), load_model_config(run).name
+        if not options.int8:
+            return "\n".join(deploy.usage(deploy.export(model, name, spec, options.to, target), options.to, spec))
+        with tempfile.TemporaryDirectory() as folder:
+            whole = deploy.export(model, name, spec, "onnx", Path(folder) / "model.onnx")
+            deploy.quantize(whole.file, target)
+            small = replace(whole, file=target, call=deploy.load(target, "onnx"))
+            sizes = [program.file.stat().st_size / 1e6 for program in (whole, small)]
+            lines = [f"# {sizes[0]:.2f} MB in float32, {sizes[1]:.2f} MB in 8 bits"]
+            try:
+                data = open_images(cls.stored(run).data, AugmentConfig(), Context(run, trusted=options.trust_data))
+            except (UserError, OSError) as error:
+                _log.warning("the accuracy in 8 bits is not measured: %s", error)
+            else:
+                shares = [
+                    deploy.accuracy(program.call, eval_loader(data, cls.stored(run).data, rank=0, world_size=1))
+                    for program in (whole, small)
+                ]
+                lines.append(
+                    f"# top-1 on the {shares[0][1]:,} test images: {shares[0][0]:.2%} in float32, "
+                    f"{shares[1][0]:.2%} in 8 bits"
+                )
+        return "\n".join([*lines, *deploy.usage(small, "onnx", spec)])
 
 
 def evaluate_model(
