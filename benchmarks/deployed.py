@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import interleaved
 import timm
 import torch
-from interleaved import interleave, print_table, write_json
 
+import interleaved
 import sparse_mlp
+from interleaved import interleave, print_table, write_json
 from sparse_mlp.data import InputSpec
 from sparse_mlp.jobs import deploy
 from sparse_mlp.report.cost import count_macs

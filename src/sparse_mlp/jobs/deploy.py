@@ -53,7 +53,7 @@ def check_target(target: Path, to: str) -> None:
 
 
 def export(model: nn.Module, name: str, spec: InputSpec, to: str, target: Path) -> Program:
-    """Write a model's program, and compare its answers with the model's. UserError if they differ, or none can be made.
+    """Write a model's program after its answers have been compared with the model's.
 
     The batch is dynamic, and the size where the model takes images of any.
     """
@@ -66,10 +66,10 @@ def export(model: nn.Module, name: str, spec: InputSpec, to: str, target: Path) 
     write = _write_onnx if to == "onnx" else _write_program
     with replacing(target) as temporary:
         write(program, temporary, _metadata(name, spec))
-    written = Program(target, sizes, load(target, to))
-    for batch in (images[:1], images, images[:2]):
-        _compare(written, model, batch)
-    return written
+        call = load(temporary, to)
+        for batch in (images[:1], images, images[:2]):
+            _compare(call, model, batch)
+    return Program(target, sizes, call)
 
 
 def _traced(model: nn.Module, images: Tensor, fixed: bool) -> tuple[torch.export.ExportedProgram, str]:
@@ -138,12 +138,14 @@ def import_library(name: str) -> Any:
         raise UserError(f"{name} is not installed: pip install 'sparse-mlp[export]'") from None
 
 
-def _compare(program: Program, model: nn.Module, images: Tensor) -> None:
+def _compare(call: Any, model: nn.Module, images: Tensor) -> None:
     with torch.inference_mode():
-        expected, found = model(images), program.call(images)
+        expected, found = model(images), call(images)
     difference, largest = float((found - expected).abs().max()), max(1.0, float(expected.abs().max()))
     if difference > TOLERANCE * largest:
-        raise UserError(f"{program.file} differs from the model by {difference:.2g}, of {largest:.2g} at most")
+        raise RuntimeError(
+            f"the program differs from the model by {difference:.2g}; the largest answer is {largest:.2g}"
+        )
 
 
 def quantize(source: Path, target: Path) -> None:
