@@ -24,5 +24,5 @@ def test_examples_run(program: Path, tmp_path: Path) -> None:
 
 
 def test_examples_are_short() -> None:
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     assert all(len(path.read_text().splitlines()) <= 60 for path in EXAMPLES)

@@ -7,9 +7,11 @@ import shlex
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from sparse_mlp import jobs, recipes
 from sparse_mlp.cli import parse
@@ -86,11 +88,26 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     if page.name == "new-kind.md":
         pytest.skip("shows the code of tests/jobs/test_toy_kind.py")
+    if page.name == "dense.md":
+        _write_scenes(tmp_path)
     namespace = {"n": 2, "scaler": torch.amp.GradScaler("cpu"), "path": "missing.pth", "print": lambda *_: None}
     for block in blocks(page, "python"):
         if "pretrained=True)  # fetches" in block or "safetensors.torch" in block:
             continue  # need a network, or a run of minutes
-        exec(textwrap.dedent(block).replace("sparse_mlp_b16_224", "sparse_mlp_s4_32"), namespace)
+        small = block.replace("sparse_mlp_b16_224", "sparse_mlp_s4_32").replace('"epochs": 20', '"epochs": 1')
+        exec(textwrap.dedent(small), namespace)
+
+
+def _write_scenes(folder: Path) -> None:
+    """Images and masks as the page on segmentation has them: scenes/ to train on, new/ to predict."""
+    for i in range(4):
+        mask = np.random.default_rng(i).integers(0, 2, (3, 4), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+        for place in ("scenes/train", "scenes/val", "new"):
+            (folder / place / "images").mkdir(parents=True, exist_ok=True)
+            (folder / place / "masks").mkdir(exist_ok=True)
+            Image.fromarray(255 * mask).convert("RGB").save(folder / place / "images" / f"{i}.png")
+            Image.fromarray(mask).save(folder / place / "masks" / f"{i}.png")
+    (folder / "scenes" / "classes.txt").write_text("dark\nlight\n")
 
 
 @pytest.mark.slow  # trains, probes and reports: about a minute

@@ -17,12 +17,20 @@ if TYPE_CHECKING:
     from sparse_mlp.jobs import Run, resume, train
     from sparse_mlp.moe import MoeMlp
     from sparse_mlp.recipes import recipe
+    from sparse_mlp.weights import sparsify
 
 __version__ = "0.1.0"
 
-__all__ = ["MoeMlp", "Run", "recipe", "resume", "train"]
+__all__ = ["MoeMlp", "Run", "recipe", "resume", "sparsify", "train"]
 
-_HOMES = {"MoeMlp": "moe", "Run": "jobs", "recipe": "recipes", "resume": "jobs", "train": "jobs"}
+_HOMES = {
+    "MoeMlp": "moe",
+    "Run": "jobs",
+    "recipe": "recipes",
+    "resume": "jobs",
+    "sparsify": "weights",
+    "train": "jobs",
+}
 
 
 def __getattr__(name: str) -> Any:

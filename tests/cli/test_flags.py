@@ -19,6 +19,8 @@ RECIPE_FLAGS = (
     "--name "
     "--model.name --model.args --model.pretrained --model.no-pretrained --model.final-norm --model.no-final-norm "
     "--model.weights "
+    "--model.experts.blocks --model.experts.num-experts --model.experts.top-k --model.experts.init "
+    "--model.experts.renormalize --model.experts.no-renormalize --model.experts.args "
     "--data.name --data.root --data.image-size --data.channels --data.batch-size --data.repeats "
     "--data.eval-batch-size "
     "--data.workers --data.on-bad-image --data.test-share --data.label-share --data.label-seed "

@@ -204,6 +204,19 @@ def test_mistakes_are_one_line(changes: list[str], message: str, root: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_of_ones_own_in_one_line(root: Path, tmp_path: Path, capsys):
+    """What was chosen is said; what is given is kept."""
+    command = ["train", "segment", "--data.root", str(root), "--out", str(tmp_path / "run"), "--train.steps", "1"]
+    tiny = ["--model.args", "depths=[1,1,1,1]", "dims=[8,8,16,16]", "--head.width", "8"]
+    assert main([*command, *tiny, "--data.batch-size", "2"]) == 0
+    output = "".join(capsys.readouterr())
+    assert "8 training images, 3 classes, crops of 64 pixels; from scratch" in output
+    data = Run(tmp_path / "run").recipe.data
+    assert (data.image_size, data.batch_size, data.short_side) == (64, 2, None)
+    assert main(["train", "segment"]) == 2
+    assert "which images? --data.root FOLDER" in capsys.readouterr().err
+
+
 def test_other_classes_than_those_trained_on_are_refused(run: Run, root: Path, tmp_path: Path):
     other = tmp_path / "other"
     shutil.copytree(root, other)

@@ -54,15 +54,29 @@ def test_takes_onednn_in_eager_and_steps_aside_elsewhere(monkeypatch):
         patch.setattr(linear_module, "onednn_is_faster", lambda: False)
         module(x)
     module(x[:4])
-    with FlopCounterMode(display=False) as counter:
-        module(x)
-    assert counter.get_total_flops() == 2 * 64 * 12 * 12
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x).dtype == torch.bfloat16
     torch.func.vmap(module)(x[None])
     torch.func.jvp(lambda x: module(x), (x,), (x,))
     module.double()(x.double())
-    assert seen == [False] * 7
+    assert seen == [False] * 6
+
+
+def test_its_products_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        Linear(12, 7)(torch.randn(2, 32, 12))
+    assert counter.get_total_flops() == 2 * 64 * 12 * 7
+
+
+def test_in_a_transform_of_something_else():
+    """Of a part that does not depend on what is mapped or differentiated: a frozen layer, say."""
+    x, module = torch.randn(64, 12), Linear(12, 12)
+    whole = module(x).sum()
+    torch.testing.assert_close(torch.func.vmap(lambda s: s * module(x).sum())(torch.ones(3)), whole.expand(3))
+    torch.testing.assert_close(torch.func.grad(lambda s: s * module(x).sum())(torch.ones(())), whole)
+    torch.testing.assert_close(
+        torch.func.jvp(lambda s: s * module(x).sum(), (torch.ones(()),), (torch.ones(()),))[1], whole
+    )
 
 
 def test_mlp_in_pieces_is_the_same(monkeypatch):

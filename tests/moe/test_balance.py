@@ -189,3 +189,21 @@ def test_nothing_is_injected_while_losses_are_collected() -> None:
         y = layer(x)
     y.mul(0).sum().backward()
     assert not router_gradient(layer).any()
+
+
+def test_z_loss_of_two_items_and_its_gradient_in_any_loop() -> None:
+    logits = torch.tensor([[0.0, 0.0], [1.0, 3.0]])
+    # log(2) = 0.6931; log(e + e^3) = 3.1269; (0.4805 + 9.7777) / 2 = 5.1291
+    assert balance.z_loss(logits).item() == pytest.approx(5.1291, abs=1e-4)
+    assert balance.z_loss(torch.empty(0, 2)).item() == 0
+
+    torch.manual_seed(0)
+    layer = MoeMlp(8, 16, 4, balance_weight=0.0, z_loss_weight=0.3, noise_std=0.0)
+    x = torch.randn(20, 8)
+    layer(x).mul(0).sum().backward()
+    injected = router_gradient(layer)
+    (0.3 * balance.z_loss(layer.router(x).logits_NE)).backward()
+    torch.testing.assert_close(injected, router_gradient(layer))
+    with collect_balance_loss(layer) as losses:
+        layer(x)
+    torch.testing.assert_close(losses[0], 0.3 * balance.z_loss(layer.router(x).logits_NE))

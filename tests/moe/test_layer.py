@@ -302,7 +302,12 @@ def test_any_leading_dimensions_and_strides(naive_moe) -> None:
         ({"eval_capacity_ratio": -1.0}, "eval_capacity_ratio must be above 0"),
         ({"prioritized": True}, "prioritized=True needs a capacity_ratio"),
         ({"capacity_group": "token"}, "capacity_group must be"),
-        ({"act": "relu"}, "act must be one of gelu, gelu_tanh"),
+        ({"act": "rulu"}, r"act must be a name of timm's \(gelu, .*got 'rulu'"),
+        ({"scores": "tanh"}, 'scores must be "softmax" or "sigmoid"'),
+        ({"gate": "both"}, 'gate must be "first" or "last"'),
+        ({"shared_experts": -1}, "shared_experts must not be negative"),
+        ({"z_loss_weight": -1.0}, "z_loss_weight must not be negative"),
+        ({"bias_rate": -1.0}, "bias_rate must not be negative"),
         ({"noise_std": -0.1}, "noise_std must not be negative"),
     ],
 )

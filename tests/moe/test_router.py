@@ -112,3 +112,39 @@ def test_arithmetic_is_float32_under_autocast_and_in_bfloat16() -> None:
     torch.testing.assert_close(routing.gates_NK, wanted.gates_NK, atol=1e-7, rtol=0)
     assert router.bfloat16()(items.bfloat16()).gates_NK.dtype == torch.float32
     assert router.double()(items.double()).gates_NK.dtype == torch.float64
+
+
+def test_renormalised_gates_add_up_to_one() -> None:
+    router = NoisyTopKRouter(3, 3, 2, renormalize=True).eval()
+    router.weight.data = torch.eye(3)
+    routing = router(torch.tensor([[0.0, 2.0, 1.0]]))
+    # e^2 / (e^2 + e) = 0.7311 and e / (e^2 + e) = 0.2689
+    torch.testing.assert_close(routing.gates_NK, torch.tensor([[0.73106, 0.26894]]), atol=1e-5, rtol=0)
+
+
+def test_a_renormalised_gate_of_one_expert_is_one_and_has_the_gradient_of_its_logarithm() -> None:
+    router = NoisyTopKRouter(3, 3, 1, renormalize=True).eval()
+    router.weight.data = torch.eye(3)
+    x = torch.tensor([[0.0, 2.0, 1.0]], requires_grad=True)
+    routing = router(x)
+    assert routing.gates_NK.tolist() == [[1.0]]
+    routing.gates_NK.sum().backward()
+    # d log softmax_1 / d logits = (0, 1, 0) - softmax(0, 2, 1) = (-0.0900, 1 - 0.6652, -0.2447)
+    torch.testing.assert_close(x.grad, torch.tensor([[-0.09003, 0.33476, -0.24473]]), atol=1e-5, rtol=0)
+
+
+def test_sigmoid_scores_are_those_of_each_logit_alone() -> None:
+    router = NoisyTopKRouter(3, 3, 2, scores="sigmoid").eval()
+    router.weight.data = torch.eye(3)
+    routing = router(torch.tensor([[0.0, 2.0, -1.0], [90.0, 91.0, 92.0]]))
+    assert routing.experts_NK.tolist() == [[1, 0], [2, 1]]  # by the logits where the scores round to one number
+    torch.testing.assert_close(routing.gates_NK, torch.tensor([[0.88080, 0.5], [1.0, 1.0]]), atol=1e-5, rtol=0)
+
+
+def test_scores_that_vanish_renormalise_to_something_finite() -> None:
+    router = NoisyTopKRouter(2, 2, 1, scores="sigmoid", renormalize=True).eval()
+    router.weight.data = torch.eye(2)
+    x = torch.tensor([[-500.0, -400.0]], requires_grad=True)
+    gates = router(x).gates_NK
+    gates.sum().backward()
+    assert gates.isfinite().all() and x.grad.isfinite().all()

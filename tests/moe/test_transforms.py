@@ -259,3 +259,11 @@ def test_grouped_products_are_the_plain_form(
     for a, b in zip(*found, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.abs().max())))
+
+
+def test_in_a_transform_of_something_else() -> None:
+    """The layer's part does not depend on what is mapped: frozen, say."""
+    layer, x = make(torch.float32), torch.randn(6, 5)
+    whole = layer(x).sum().detach()
+    mapped = torch.func.vmap(lambda scale: scale * layer(x).sum())(torch.ones(3))
+    torch.testing.assert_close(mapped.detach(), whole.expand(3))

@@ -52,6 +52,18 @@ def test_table(make_run: MakeRun, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_another_kind_are_compared_by_their_own_score(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run(name, config={"name": name, "kind": "segment"}) for name in ("first", "second")]
+    for run in runs:
+        (run / "predictions.npz").unlink()
+        metrics = run / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace('"top1"', '"miou"'))
+    page = write_comparison(runs, tmp_path / "out").read_text()
+    score = f"{100 * read_run(runs[0]).evals.get('miou')[-1]:.2f} %"
+    assert [row[1] for row in rows(page)] == [score, score]
+    assert "Mean IoU over steps" in page and "Test accuracy" not in page and ">Top-1<" not in page
+
+
 def test_compute_counts_three_forwards_for_every_image_seen(make_run: MakeRun) -> None:
     run = read_run(make_run())  # batches of 64
     np.testing.assert_array_equal(compute(run, np.array([0.0, 10.0]), 1000), [0, 10 * 64 * 3 * 1000])

@@ -21,6 +21,7 @@ from sparse_mlp.jobs.recipe import Arguments
 from sparse_mlp.tasks.classify import ClassifyConfig
 
 _COUNTS = ("images", "nodes")
+_SCORES = ("box_map", "mask_map")
 _ACCURACIES = ("top1", "top5", "val_top1", "knn_top1", "knn_top5")
 
 
@@ -107,6 +108,6 @@ def _show(target: str, metrics: dict[str, float]) -> None:
 
 
 def _cell(name: str, value: float) -> str:
-    if name in _ACCURACIES:
+    if name in _ACCURACIES or name.startswith(_SCORES):
         return f"{value:.2%}"
     return f"{value:,.0f}" if isinstance(value, int) or name in _COUNTS else f"{value:.4f}"

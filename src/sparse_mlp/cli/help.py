@@ -40,6 +40,7 @@ subfolder a class) with settings that fit them.
   sparse-mlp train cycle_mlp_b1 --data.root photos/
   sparse-mlp train linear_probe --model.weights runs/digits_moco_sparse
   sparse-mlp train cora
+  sparse-mlp train segment --data.root scenes/
   torchrun --nproc-per-node 8 -m sparse_mlp train imagenet_sparse_b --data.root /path/to/imagenet
 
 options used most (every field of the recipe is one; `sparse-mlp train RECIPE --help-all` has them all):

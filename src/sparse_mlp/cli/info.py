@@ -101,7 +101,7 @@ def _modules(model: nn.Module, macs: dict[str, int]) -> Table:
 def _experts(layers: dict[str, MoeMlp], macs: dict[str, int]) -> Table:
     shown = table("MoE layer", "E", "K", "width", "hidden", "M param", "M m-a", "in training", numbers=6)
     for name, layer in layers.items():
-        hidden = layer.experts.fc1.weight.shape[2]
+        hidden = layer.experts.fc2.weight.shape[1]
         mode = "dropless" if layer.capacity_ratio is None else f"capacity {layer.capacity_ratio:g}"
         millions = (f"{count / 1e6:,.2f}" for count in (count_parameters(layer), macs.get(name, 0)))
         shown.add_row(name, *map(str, (layer.num_experts, layer.top_k, layer.dim, hidden)), *millions, mode)

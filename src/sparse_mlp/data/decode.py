@@ -128,6 +128,20 @@ def convert_image(image: Image.Image, channels: int) -> Image.Image:
     return image
 
 
+def read_orientation(file: IO[bytes]) -> int:
+    """EXIF orientation, 1 to 8, of an open image file: how `decode_image` turns it; 1 where it has none."""
+    position = file.tell()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=image_formats()) as image:
+                found = _exif_orientation(image)
+    except Exception:  # a damaged file: `decode_image` names it
+        found = None
+    file.seek(position)
+    return found if found in UPRIGHT else 1
+
+
 def _exif_orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
@@ -138,13 +152,8 @@ def _exif_orientation(image: Image.Image) -> Any:
 
 def exif_turn(file: IO[bytes]) -> Image.Transpose | None:
     """How `decode_image` turns the image in an open file, which is left at its start; None for one that is upright."""
-    try:
-        with Image.open(file, formats=image_formats()) as image:
-            return UPRIGHT.get(_exif_orientation(image))
-    except Exception:  # no image: decoding it says so
-        return None
-    finally:
-        file.seek(0)
+    file.seek(0)
+    return UPRIGHT.get(read_orientation(file))
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:

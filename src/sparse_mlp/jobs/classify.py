@@ -31,6 +31,7 @@ from sparse_mlp.data.sets import ignored_options
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import deploy
+from sparse_mlp.jobs.capacity_curve import write_capacity_curve
 from sparse_mlp.jobs.images import (
     ImageJob,
     RoutingReportOptions,
@@ -46,7 +47,7 @@ from sparse_mlp.jobs.images import (
 )
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, ProgramOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model
-from sparse_mlp.jobs.recipe import ModelConfig, Recipe
+from sparse_mlp.jobs.recipe import InferenceConfig, ModelConfig, Recipe
 from sparse_mlp.report import write_classification_report, write_predictions_csv
 from sparse_mlp.report.cost import count_macs
 from sparse_mlp.tasks import Classify, ClassifyConfig, Probe
@@ -79,6 +80,11 @@ class ClassifyEvalOptions(EvalOptions):
     data: DataConfig = field(default_factory=DataConfig)
     """Left out: the run's own images, split as they were. The classes of another set are matched by name."""
 
+    model: InferenceConfig = field(default_factory=InferenceConfig)
+
+    curve: bool = False
+    """Evaluate also with less computation for the experts, at several capacities; the report draws the curve."""
+
 
 @dataclass(frozen=True)
 class ClassifyPredictOptions(PredictOptions):
@@ -86,6 +92,8 @@ class ClassifyPredictOptions(PredictOptions):
 
     top: int = 5
     """How many classes to give for each image."""
+
+    model: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -145,14 +153,21 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         context = Context(run if own else None, trusted=options.trust_data or not own)
         data = open_images(images, AugmentConfig(), context, classes=spec.classes)
         log_notes(data)
-        model = load_trained(run, options.checkpoint, replace(data.spec, classes=spec.classes))
+        spec = replace(data.spec, classes=spec.classes)
+        model = load_trained(run, options.checkpoint, spec, options.model.args)
+        if options.curve:
+            if not own:
+                raise UserError("--curve is of the run's own images")
+            write_capacity_curve(
+                run, model, spec, lambda m: evaluate_model(m, recipe.task, data, images, device).metrics["top1"]
+            )
         return evaluate_model(model, recipe.task, data, images, device)
 
     @classmethod
     def predict(cls, run: RunFolder, files: Sequence[str], options: PredictOptions) -> list[Row]:
         """For each image its likeliest classes and their probabilities, `class_1`, `probability_1`, `class_2`, ..."""
         assert isinstance(options, ClassifyPredictOptions)
-        spec, model = load_inputs(run), load_trained(run, options.checkpoint)
+        spec, model = load_inputs(run), load_trained(run, options.checkpoint, args=options.model.args)
         top = min(options.top, len(spec.classes))
 
         def classify(images: torch.Tensor) -> list[Row]:

@@ -15,8 +15,8 @@ from sparse_mlp import distributed
 from sparse_mlp.data import InputSpec
 from sparse_mlp.distributed import sync_batch_norm
 from sparse_mlp.engine import Evaluation, RunFolder
-from sparse_mlp.engine.run import read_json
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import read_json
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, check_export_target, evaluation_batches
 from sparse_mlp.jobs.model import build_model, load_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -31,6 +31,7 @@ from sparse_mlp.data import (
 from sparse_mlp.engine import Evaluation, RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json
+from sparse_mlp.jobs.experts import add_experts, change_at_inference, has_experts, sparsify_arguments
 from sparse_mlp.jobs.job import INPUTS, Context, Job, ReportOptions, check_export_target
 from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.model import build_model, check_model_arguments, load_weights
@@ -243,12 +244,17 @@ def _section(kind: type[Any], run: RunFolder, name: str) -> Any:
         raise UserError(f"{run.config_path}: {error}") from error
 
 
-def load_trained(run: RunFolder, checkpoint: Path | None = None, spec: InputSpec | None = None) -> nn.Module:
+def load_trained(
+    run: RunFolder,
+    checkpoint: Path | None = None,
+    spec: InputSpec | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """The model of a run in evaluation mode, with its newest weights or those of `checkpoint`.
 
-    That of a pre-training has no classifier.
+    `args`: other arguments of its experts, see `change_at_inference`. That of a pre-training has no classifier.
     """
-    config = replace(load_model_config(run), pretrained=False, weights=None)
+    config = replace(change_at_inference(load_model_config(run), args or {}), pretrained=False, weights=None)
     model = build_model(config, spec or load_inputs(run))
     if run.config().get("kind") == "pretrain":
         model.reset_classifier(0)  # type: ignore[operator]
@@ -334,21 +340,36 @@ def export_backbone(config: ModelConfig, spec: InputSpec, run: RunFolder, target
     if published is not None and published.fixed_input_size:
         arguments["img_size"] = spec.image_size
     model = timm.create_model(config.name, **arguments)
+    add_experts(model, config.experts)
     load_weights(model, run.path, new_head=True)
-    weights = model.state_dict()
-    write_file(weights, target, {"format": "pt", "model": config.name, "args": json.dumps(arguments)})
-    # The call that is returned has been made once.
-    timm.create_model(config.name, checkpoint_path=str(target), **arguments)
+    kept = model.state_dict()
+    metadata = {"format": "pt", "model": config.name, "args": json.dumps(arguments)}
+    if has_experts(config.experts):
+        metadata["experts"] = json.dumps(sparsify_arguments(config.experts))
+    write_file(kept, target, metadata)
     call = ", ".join([repr(config.name), *(f"{name}={value!r}" for name, value in arguments.items())])
-    head = call.replace("num_classes=0", "num_classes=10, pretrained=True")
-    overlay = f"pretrained_cfg_overlay={{'file': {str(target)!r}, 'num_classes': 0}}"
-    lines = [
-        f"# {len(weights)} tensors",
-        "import sparse_mlp, timm  # sparse_mlp registers its models with timm",
-        f"timm.create_model({call}, checkpoint_path={str(target)!r})",
-        "# with a new classifier:",
-        f"timm.create_model({head}, {overlay})",
-    ]
+    lines = [f"# {len(kept)} tensors", "import sparse_mlp, timm  # sparse_mlp registers its models with timm"]
+    if has_experts(config.experts):
+        lines += _loaded_with_experts(call, config, target)
+    else:
+        # The call that is returned has been made once.
+        timm.create_model(config.name, checkpoint_path=str(target), **arguments)
+        head = call.replace("num_classes=0", "num_classes=10, pretrained=True")
+        overlay = f"pretrained_cfg_overlay={{'file': {str(target)!r}, 'num_classes': 0}}"
+        lines += [
+            f"timm.create_model({call}, checkpoint_path={str(target)!r})",
+            "# with a new classifier:",
+            f"timm.create_model({head}, {overlay})",
+        ]
     if not config.final_norm:
         lines.append("# trained without its final norm: the same features with model.norm = torch.nn.Identity()")
     return "\n".join(lines)
+
+
+def _loaded_with_experts(call: str, config: ModelConfig, target: Path) -> list[str]:
+    experts = ", ".join(f"{name}={value!r}" for name, value in sparsify_arguments(config.experts).items())
+    return [
+        f"model = timm.create_model({call})",
+        f"sparse_mlp.sparsify(model, {experts})",
+        f"sparse_mlp.weights.load(model, {str(target)!r})",
+    ]

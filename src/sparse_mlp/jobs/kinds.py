@@ -15,6 +15,7 @@ _KINDS: dict[str, str | type[Job]] = {
     "classify": "sparse_mlp.jobs.classify:ClassifyJob",
     "knn": "sparse_mlp.jobs.knn:KnnJob",
     "pretrain": "sparse_mlp.jobs.pretrain:PretrainJob",
+    "detect": "sparse_mlp.jobs.detect:DetectJob",
     "nodes": "sparse_mlp.jobs.nodes:NodesJob",
     "segment": "sparse_mlp.jobs.segment:SegmentJob",
 }

@@ -19,6 +19,7 @@ from sparse_mlp import weights
 from sparse_mlp.data import InputSpec
 from sparse_mlp.engine import RunFolder
 from sparse_mlp.errors import UserError
+from sparse_mlp.jobs.experts import add_experts, check_experts, has_experts
 from sparse_mlp.jobs.recipe import ModelConfig
 from sparse_mlp.models import registered_names
 from sparse_mlp.tasks.features import skip_final_norm
@@ -59,9 +60,21 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
         raise UserError(f"model {config.name}: {_explain(error, config.name)}") from error
     if not config.final_norm:
         skip_final_norm(model)
-    if config.weights is not None:
-        load_weights(model, Path(config.weights), new_head=True)
+    load_start(model, config)
     return model
+
+
+def load_start(model: nn.Module, config: ModelConfig) -> None:
+    """Give a dense model the weights that it starts from, and its experts: these begin as its MLPs, unless the weights
+    are of a model that had them already."""
+    path = None if config.weights is None else weights_file(Path(config.weights))
+    sparse = path is not None and has_experts(config.experts) and weights.have_experts(path)
+    if sparse:
+        add_experts(model, config.experts)
+    if path is not None:
+        load_weights(model, path, new_head=True)
+    if not sparse:
+        add_experts(model, config.experts)
 
 
 def check_model_arguments(config: ModelConfig) -> None:
@@ -74,6 +87,7 @@ def check_model_arguments(config: ModelConfig) -> None:
             raise UserError(f"model.args {name}={value!r} is not an argument of the model: use --{_FIELDS[name]}")
         if name in _RATES and not (isinstance(value, int | float) and 0 <= value < 1):
             raise UserError(f"model.args {name}={value!r} is not a share in [0, 1)")
+    check_experts(config.experts)
 
 
 def load_model(config: ModelConfig, spec: InputSpec, path: Path) -> nn.Module:
@@ -85,10 +99,12 @@ def load_model(config: ModelConfig, spec: InputSpec, path: Path) -> nn.Module:
 
 def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) -> None:
     """`weights.load`, from a file or from a run folder."""
-    path = Path(path)
-    if path.is_dir() and (path / "config.json").is_file():
-        path = RunFolder.open(path).weights()
-    weights.load(model, path, new_head=new_head)
+    weights.load(model, weights_file(Path(path)), new_head=new_head)
+
+
+def weights_file(path: Path) -> Path:
+    """The file of weights that a path names: itself, or the newest one of a run folder."""
+    return RunFolder.open(path).weights() if path.is_dir() and (path / "config.json").is_file() else path
 
 
 def _nearest_models(name: str) -> list[str]:

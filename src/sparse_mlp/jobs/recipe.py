@@ -10,7 +10,7 @@ import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
 import torch
@@ -22,6 +22,7 @@ from sparse_mlp.errors import UserError
 R = TypeVar("R", bound="Recipe")
 T = TypeVar("T")
 
+_TOGETHER = ("model.args", "model.experts.args")
 _LEARNING_RATES = (("optim", "lr"), ("schedule", "warmup_lr"), ("schedule", "min_lr"))
 
 
@@ -57,6 +58,30 @@ Arguments = Annotated[
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """Experts in the place of the model's MLPs, see `sparse_mlp.sparsify`."""
+
+    blocks: int | str | None = None
+    """Which blocks get experts: a number for the last ones, last-2, every-2, indices as 3,7 or names as blocks.3. None:
+    none of them. Experts begin as the MLPs of the model, with its published weights or those of a file if given."""
+
+    num_experts: int = 8
+    """Experts of each MLP."""
+
+    top_k: int = 1
+    """How many of them an item goes to."""
+
+    init: Literal["copy", "noise", "drop", "sample", "random"] = "copy"
+    """What they begin as: the MLP, the MLP with noise, with half of its neurons redrawn or left out, or new weights."""
+
+    renormalize: bool = True
+    """Gates that add up to 1, with which the model's answers are at first those of the dense one."""
+
+    args: Arguments = field(default_factory=dict)
+    """Further arguments of MoeMlp, for example: capacity_ratio=1.05 shared_experts=1."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The network: a model of timm's registry, ours included."""
 
@@ -77,6 +102,17 @@ class ModelConfig:
     weights: str | None = None
     """Start from the weights in this file (.safetensors, .pth, a published Mixer .npz, or a run folder); the head stays
     new where the classes are others."""
+
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """What may differ in a trained model when it is used."""
+
+    args: Arguments = field(default_factory=dict)
+    """Other arguments of the experts than the model was trained with: top_k=..., eval_capacity_ratio=...,
+    capacity_group=..., prioritized=True, renormalize=..., as the model or its experts take them."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +158,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested configurations as dotted names -> values; a model's arguments stay together."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping) and prefix + name != "model.args":
+        if isinstance(value, Mapping) and prefix + name not in _TOGETHER:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sparse_mlp import weights
 from sparse_mlp.data import BadImageError, display_name, eval_loader, find_images, read_image, train_loader
 from sparse_mlp.data.loader import steps_per_epoch
 from sparse_mlp.data.segmentation import (
@@ -24,8 +25,8 @@ from sparse_mlp.data.segmentation import (
 from sparse_mlp.data.segmentation_config import SegmentationConfig
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.dense import DenseJob, build_backbone, build_feature_maps, load_classes
-from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row
+from sparse_mlp.jobs.dense import DenseJob, build_backbone, build_feature_maps, load_classes, without_weights
+from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, check_export_target
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.segmenters import FcnHead, Norm, Segmenter, SemanticFpn, UperNet
 from sparse_mlp.models.smp_segmenter import SmpSegmenter, smp_decoders
@@ -231,6 +232,32 @@ class SegmentJob(DenseJob[SegmentRecipe]):
         except (UserError, OSError) as error:
             _log.warning("the report of %s shows no images: %s", run.path, error)
         return write_segmentation_report(run.path, classes, evaluated, best=best, worst=worst, macs=macs)
+
+
+def convert_mmseg(source: Path, recipe: SegmentRecipe, target: Path) -> int:
+    """Write mmsegmentation's checkpoint of a recipe's model as safetensors in our layout; returns how many tensors.
+
+    The recipe decides on backbone and head, the file on the number of classes. UserError, with the lists of names, for
+    weights that do not fit; FileNotFoundError if there is no such file.
+    """
+    check_export_target(target)
+    if not source.is_file():
+        raise FileNotFoundError(f"no file {source}")
+    stored = weights.read_file(source)
+    stored = {str(name).removeprefix("module."): value for name, value in stored.get("state_dict", stored).items()}
+    head = weights.head_from_mmseg(stored)
+    if "head.classify.weight" not in head:
+        raise UserError(f"{source} has no decode_head.conv_seg: it is no segmenter of mmsegmentation's")
+    classes = len(head["head.classify.weight"])
+    with torch.device("meta"):
+        model = SegmentJob.build(recipe, ("",) * classes, without_weights(recipe.model))
+    backbone = weights.adapt({k: v for k, v in stored.items() if k.startswith("backbone.")}, model.model)
+    found = head | {f"maps.getter.model.{name}": value for name, value in backbone.items()}
+    expected = weights.shapes(model.state_dict())
+    weights.add_batch_counters(found, expected)
+    weights.check_fit(weights.shapes(found), expected, f"the weights in {source} do not fit {recipe.name}")
+    weights.write_file(found, target, {"format": "pt", "recipe": recipe.name})
+    return len(found)
 
 
 def _build_smp(config: ModelConfig, recipe: SegmentRecipe, classes: int) -> SmpSegmenter:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from sparse_mlp.moe.eager import runs_eagerly_on_cpu
+from sparse_mlp.moe.kernels.operator import keep_signature
 
 __all__ = ["shift_channels"]
 
@@ -28,13 +30,13 @@ MAX_RUNS = 16  # runs of equal offsets up to which moving planes run by run is t
 
 
 @functools.lru_cache(maxsize=256)
-def _one_hot_kernel(offsets: tuple[int, ...], axis: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """The depthwise kernel (C, 1, K, 1) or (C, 1, 1, K) that reads `offsets`, and its padding."""
+def _one_hot_kernel(offsets: tuple[int, ...], axis: int, dtype: torch.dtype) -> Tensor:
+    """The depthwise kernel (C, 1, K, 1) or (C, 1, 1, K), K odd, that reads `offsets`."""
     reach = max(abs(offset) for offset in offsets)
     with torch.inference_mode(False):  # the cached tensor may be used in training later
         kernel = torch.zeros(len(offsets), 1, 2 * reach + 1, dtype=dtype, device="cpu")
         kernel[torch.arange(len(offsets), device="cpu"), 0, torch.tensor(offsets, device="cpu") + reach] = 1
-        return kernel.unsqueeze(3 if axis == 1 else 2), reach
+        return kernel.unsqueeze(3 if axis == 1 else 2)
 
 
 def _runs(offsets: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
@@ -68,22 +70,39 @@ def _shift_planes(x: Tensor, offsets: tuple[int, ...], axis: int) -> Tensor:
     return out.permute(0, 2, 3, 1)
 
 
+# Not `custom_op`: its checks would be a tenth of the call's time.
+torch.library.define("sparse_mlp::pick_neighbours", "(Tensor maps, Tensor kernel) -> Tensor")
+
+
+@torch.library.impl("sparse_mlp::pick_neighbours", "cpu")
+def _pick_neighbours(maps: Tensor, kernel: Tensor) -> Tensor:
+    """The convolution of (B, C, H, W) maps. An operator, so that nobody counts products where there are none."""
+    padding = kernel.shape[2] // 2, kernel.shape[3] // 2
+    return F.conv2d(maps, kernel, padding=padding, groups=len(kernel))
+
+
 class _EagerShift(torch.autograd.Function):
     """The shift by planes or as a depthwise convolution; its gradient is the opposite shift."""
 
+    generate_vmap_rule = True  # for a call in a transform with tensors that are none of its own
+
     @staticmethod
-    def forward(ctx, x: Tensor, offsets: tuple[int, ...], axis: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.offsets, ctx.axis = offsets, axis
+    def forward(x: Tensor, offsets: tuple[int, ...], axis: int) -> Tensor:
         if not x.is_contiguous() and x.permute(0, 3, 1, 2).is_contiguous() and _has_few_runs(offsets):
             return _shift_planes(x, offsets, axis)
-        x = x.contiguous()
-        kernel, reach = _one_hot_kernel(offsets, axis, x.dtype)
-        padding = (reach, 0) if axis == 1 else (0, reach)
-        return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=padding, groups=len(offsets)).permute(0, 2, 3, 1)
+        kernel = _one_hot_kernel(offsets, axis, x.dtype)
+        return torch.ops.sparse_mlp.pick_neighbours(x.contiguous().permute(0, 3, 1, 2), kernel).permute(0, 2, 3, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, ...], int], output: Tensor) -> None:
+        _, ctx.offsets, ctx.axis = inputs
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         return shift_channels(grad, tuple(-offset for offset in ctx.offsets), ctx.axis), None, None
+
+
+keep_signature(_EagerShift)
 
 
 def _plain_shift(x: Tensor, offsets: tuple[int, ...], axis: int) -> Tensor:
@@ -112,5 +131,6 @@ def shift_channels(x: Tensor, offsets: tuple[int, ...], axis: int) -> Tensor:
     if not any(offsets):
         return x
     if x.is_floating_point() and runs_eagerly_on_cpu(x):
-        return _EagerShift.apply(x, offsets, axis)
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        return (_EagerShift.apply if needs_gradient else _EagerShift.forward)(x, offsets, axis)
     return _plain_shift(x, offsets, axis)

@@ -3,17 +3,22 @@
 On a CPU in float32 `torch.nn.functional.linear` goes to MKL, which on processors not made by Intel runs at about half
 the speed of oneDNN, which torch carries too but uses for low precision only. On those `linear` calls oneDNN where that
 is possible in eager mode; it is `F.linear` (plus `F.gelu`) everywhere else: other devices and dtypes, autocast,
-torch.compile, torch.export, tracing, torch.func and under any dispatch mode, such as a FLOP counter. Both are float32
-products that differ in rounding.
+torch.compile, torch.export, tracing and torch.func. Both are float32 products that differ in rounding.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
+from sparse_mlp.moe.dense import Parts, read_mlp
 from sparse_mlp.moe.eager import onednn_is_faster, runs_eagerly_on_cpu
+from sparse_mlp.moe.kernels.operator import keep_signature
 
 __all__ = ["DType", "Device", "Linear", "Mlp", "linear"]
 
@@ -38,10 +43,15 @@ def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 class _OneDnnLinear(torch.autograd.Function):
     """x W^T + b by oneDNN; its gradients are linear maps again, which can be differentiated in turn."""
 
+    generate_vmap_rule = True  # for a call in a transform with tensors that are none of its own
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
@@ -55,6 +65,17 @@ class _OneDnnLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias
+
+
+keep_signature(_OneDnnLinear)
+
+
+def _flops(x_shape, weight_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -121,3 +142,8 @@ class Mlp(nn.Module):
         if len(pieces) == 1:
             return self.fc2(self.fc1(x))
         return torch.cat([self.fc2(self.fc1(piece)) for piece in pieces]).view(x.shape)
+
+
+@read_mlp.register
+def _(mlp: Mlp) -> Parts:
+    return Parts(("fc1",), "fc2", nn.GELU())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from timm.models import get_pretrained_cfg
 from timm.models._builder import resolve_pretrained_cfg
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["StateDict", "names_weights", "no_published_weights", "unwrap_checkpoint"]
+from sparse_mlp.moe.dense import Parts, expert_weights
+from sparse_mlp.moe.telemetry import moe_layers
+
+__all__ = ["StateDict", "names_weights", "no_published_weights", "unwrap_checkpoint", "upcycle"]
 
 StateDict = dict[str, Tensor]
 
@@ -40,6 +45,22 @@ def unwrap_checkpoint(checkpoint: Mapping[str, Any], use_ema: bool = True, own: 
     if not_tensors:
         raise ValueError(f"not a state dict: {', '.join(map(repr, not_tensors[:5]))} hold no tensors")
     return state_dict
+
+
+def upcycle(state_dict: StateDict, model: nn.Module | None) -> StateDict:
+    """A dense model's weights for one with experts: each expert is the MLP in its place, the router `model`'s own."""
+    weights = dict(state_dict)
+    for name, layer in ({} if model is None else moe_layers(model)).items():
+        mlp = {key: weights.pop(key) for key in list(weights) if re.match(rf"{re.escape(name)}\.fc[12]\.", key)}
+        if not mlp:
+            continue
+        parts = Parts(("fc1",), "fc2", nn.GELU())
+        own = expert_weights({key.removeprefix(f"{name}."): value for key, value in mlp.items()}, layer, parts)
+        router = layer.router.weight.detach()
+        if router.is_meta:
+            router = nn.init.trunc_normal_(torch.empty_like(router, device="cpu"), std=0.02)
+        weights |= {f"{name}.{key}": value for key, value in {**own, "router.weight": router.clone()}.items()}
+    return weights
 
 
 def names_weights(variant: str, kwargs: Mapping[str, Any]) -> bool:

@@ -16,10 +16,27 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from sparse_mlp.mixing.linear import Mlp
+from sparse_mlp.models._blocks import Blocks, choose_mlps, replace_modules
 from sparse_mlp.models._checkpoint import StateDict, names_weights, no_published_weights
+from sparse_mlp.moe import MoeMlp
 
-__all__ = ["Pyramid", "Stage", "create_pyramid", "init_normal", "norm_nchw", "to_nchw", "to_nhwc"]
+__all__ = ["SPARSE", "Pyramid", "Stage", "create_pyramid", "init_normal", "norm_nchw", "to_nchw", "to_nhwc"]
 
+SPARSE = {"sparse_blocks": "last-2"}
+"""Of the sparse variants: 8 experts, one an item, in the last blocks of stages 3 and 4. So do the best ones of a study
+of ConvNeXts and ViTs with experts (arXiv 2411.18322) and, beside others in stage 3, Swin-MoE."""
+
+OF_EXPERTS = {
+    "num_experts",
+    "top_k",
+    "renormalize",
+    "capacity_ratio",
+    "eval_capacity_ratio",
+    "prioritized",
+    "noise_std",
+}
+OF_EXPERTS |= {"balance_weight"}
 STRIDES = (4, 8, 16, 32)
 MIN_SIZE = 32
 
@@ -69,6 +86,9 @@ class Pyramid(nn.Module):
     the output of each stage, which only the intermediates see (the published dense-prediction backbones). `img_size`
     sets nothing, as no weight depends on the size; it is checked, so that code written for timm's other MLPs can pass
     it.
+
+    `sparse_blocks`: the blocks whose channel MLPs are mixtures of experts, as `sparse_mlp.sparsify` takes them, or
+    None. `num_experts` and the arguments after it are those of each `MoeMlp`.
     """
 
     norms_nchw = False
@@ -87,6 +107,15 @@ class Pyramid(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         output_norms: bool = False,
+        sparse_blocks: Blocks | None = None,
+        num_experts: int = 8,
+        top_k: int = 1,
+        renormalize: bool = True,
+        capacity_ratio: float | None = None,
+        eval_capacity_ratio: float | None = None,
+        prioritized: bool = False,
+        noise_std: float | None = None,
+        balance_weight: float = 0.01,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,6 +130,14 @@ class Pyramid(nn.Module):
         ]
         self.stem = stem
         self.stages = nn.ModuleList(stages)
+        if sparse_blocks is not None:
+            moe: dict[str, Any] = {"renormalize": renormalize, "noise_std": noise_std, "balance_weight": balance_weight}
+            moe |= {"capacity_ratio": capacity_ratio, "eval_capacity_ratio": eval_capacity_ratio}
+            moe |= {"prioritized": prioritized, "device": device, "dtype": dtype}
+            for name, mlp in choose_mlps(self, sparse_blocks).items():
+                assert isinstance(mlp, Mlp)
+                sizes = mlp.fc1.in_features, mlp.fc1.out_features
+                replace_modules(self, {name: MoeMlp(*sizes, num_experts, top_k, **moe)})
         self._norm_layer = norm_layer
         self.output_norms: nn.ModuleList | None = None
         if output_norms:
@@ -239,8 +276,11 @@ def create_pyramid(
     """Build a registered variant; `filter_fn` brings published weights into our layout.
 
     `output_norms=True` belongs to `features_only=True` and is an error without it, as a classifier would never use the
-    norms. ValueError for that, and for `pretrained` where there are no weights to fetch.
+    norms. ValueError for that, for arguments of experts without `sparse_blocks`, and for `pretrained` where there are
+    no weights to fetch.
     """
+    if kwargs.get("sparse_blocks") is None and (ignored := sorted(OF_EXPERTS & kwargs.keys())):
+        raise ValueError(f"{variant}: {ignored[0]} would be ignored without sparse_blocks")
     if kwargs.get("output_norms", False) and not kwargs.get("features_only", False):
         raise ValueError(f"{variant}: output_norms=True needs features_only=True")
     if pretrained and not names_weights(variant, kwargs):

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from sparse_mlp.mixing.axial_shift import axial_offsets
 from sparse_mlp.mixing.channel_shift import shift_channels
 from sparse_mlp.mixing.linear import Device, DType, Linear, Mlp
-from sparse_mlp.models._checkpoint import StateDict, unwrap_checkpoint
-from sparse_mlp.models._pyramid import Pyramid, Stage, create_pyramid, init_normal, norm_nchw, to_nhwc
+from sparse_mlp.models._checkpoint import StateDict, unwrap_checkpoint, upcycle
+from sparse_mlp.models._pyramid import SPARSE, Pyramid, Stage, create_pyramid, init_normal, norm_nchw, to_nhwc
 
 __all__ = ["AsMlp"]
 
@@ -164,7 +164,14 @@ _KEY_RULES = (
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module | None = None) -> StateDict:
-    """Bring the authors' layout (wrapped or not, classifier or dense backbone) into ours; ours passes unchanged."""
+    """Bring the authors' layout (wrapped or not, classifier or dense backbone) into ours; ours passes unchanged.
+
+    In a model with experts each of them begins as the MLP of the dense weights.
+    """
+    return upcycle(_rename(checkpoint), model)
+
+
+def _rename(checkpoint: Mapping[str, Any]) -> StateDict:
     published = unwrap_checkpoint(checkpoint)
     if not any(key.startswith("layers.") for key in published):
         return published
@@ -187,7 +194,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-default_cfgs = generate_default_cfgs({f"as_mlp_{name}.untrained": _cfg() for name in ("tiny", "small", "base")})
+default_cfgs = generate_default_cfgs(
+    {f"{kind}as_mlp_{name}.untrained": _cfg() for kind in ("", "sparse_") for name in ("tiny", "small", "base")}
+)
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -210,3 +219,21 @@ def as_mlp_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def as_mlp_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """AS-MLP-B: 88 M parameters, 15.1 GMACs."""
     return _create("as_mlp_base", pretrained, {"depths": (2, 2, 18, 2), "embed_dim": 128, **kwargs})
+
+
+@register_model
+def sparse_as_mlp_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """AS-MLP-T with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 70 M parameters, 4.4 GMACs."""
+    return _create("sparse_as_mlp_tiny", pretrained, {"depths": (2, 2, 6, 2), **SPARSE, **kwargs})
+
+
+@register_model
+def sparse_as_mlp_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """AS-MLP-S with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 91 M parameters, 8.5 GMACs."""
+    return _create("sparse_as_mlp_small", pretrained, {"depths": (2, 2, 18, 2), **SPARSE, **kwargs})
+
+
+@register_model
+def sparse_as_mlp_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """AS-MLP-B with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 161 M parameters, 15.1 GMACs."""
+    return _create("sparse_as_mlp_base", pretrained, {"depths": (2, 2, 18, 2), "embed_dim": 128, **SPARSE, **kwargs})

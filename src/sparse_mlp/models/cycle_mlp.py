@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from sparse_mlp.mixing.cycle_fc import CycleFC, cycle_offsets
 from sparse_mlp.mixing.linear import Device, DType, Linear, Mlp
 from sparse_mlp.mixing.reweight import Reweight
-from sparse_mlp.models._checkpoint import StateDict, unwrap_checkpoint
-from sparse_mlp.models._pyramid import Pyramid, Stage, create_pyramid, init_normal, to_nchw, to_nhwc
+from sparse_mlp.models._checkpoint import StateDict, unwrap_checkpoint, upcycle
+from sparse_mlp.models._pyramid import SPARSE, Pyramid, Stage, create_pyramid, init_normal, to_nchw, to_nhwc
 
 __all__ = ["CycleMlp"]
 
@@ -127,7 +127,14 @@ _KEY_RULES = (
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module | None = None) -> StateDict:
-    """Bring the authors' layout (wrapped or not, classifier or dense backbone) into ours; ours passes unchanged."""
+    """Bring the authors' layout (wrapped or not, classifier or dense backbone) into ours; ours passes unchanged.
+
+    In a model with experts each of them begins as the MLP of the dense weights.
+    """
+    return upcycle(_rename(checkpoint), model)
+
+
+def _rename(checkpoint: Mapping[str, Any]) -> StateDict:
     published = unwrap_checkpoint(checkpoint)
     if not any(key.startswith("network.") for key in published):
         return published
@@ -164,7 +171,11 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 _RELEASE = "https://github.com/ShoufaChen/CycleMLP/releases/download/v0.1/"  # the names hold no hash to check
 default_cfgs = generate_default_cfgs(
-    {f"cycle_mlp_b{i}.in1k": _cfg(url=f"{_RELEASE}CycleMLP_B{i}.pth") for i in range(1, 6)}
+    {
+        f"{kind}cycle_mlp_b{i}.in1k": _cfg(url=f"{_RELEASE}CycleMLP_B{i}.pth")
+        for kind in ("", "sparse_")
+        for i in range(1, 6)
+    }
 )
 
 
@@ -203,3 +214,36 @@ def cycle_mlp_b5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CycleMLP-B5: 76 M parameters, 12.2 GMACs."""
     args = {"depths": (3, 4, 24, 3), "dims": (96, 192, 384, 768)}
     return _create("cycle_mlp_b5", pretrained, {**args, **kwargs})
+
+
+@register_model
+def sparse_cycle_mlp_b1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CycleMLP-B1 with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 36 M parameters, 2.1 GMACs."""
+    return _create("sparse_cycle_mlp_b1", pretrained, {"depths": (2, 2, 4, 2), **SPARSE, **kwargs})
+
+
+@register_model
+def sparse_cycle_mlp_b2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CycleMLP-B2 with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 47 M parameters, 3.9 GMACs."""
+    return _create("sparse_cycle_mlp_b2", pretrained, {"depths": (2, 3, 10, 3), **SPARSE, **kwargs})
+
+
+@register_model
+def sparse_cycle_mlp_b3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CycleMLP-B3 with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 59 M parameters, 6.8 GMACs."""
+    args = {"depths": (3, 4, 18, 3), "mlp_ratios": (8, 8, 4, 4)}
+    return _create("sparse_cycle_mlp_b3", pretrained, {**args, **SPARSE, **kwargs})
+
+
+@register_model
+def sparse_cycle_mlp_b4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CycleMLP-B4 with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 72 M parameters, 10.0 GMACs."""
+    args = {"depths": (3, 8, 27, 3), "mlp_ratios": (8, 8, 4, 4)}
+    return _create("sparse_cycle_mlp_b4", pretrained, {**args, **SPARSE, **kwargs})
+
+
+@register_model
+def sparse_cycle_mlp_b5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CycleMLP-B5 with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 117 M parameters, 12.2 GMACs."""
+    args = {"depths": (3, 4, 24, 3), "dims": (96, 192, 384, 768)}
+    return _create("sparse_cycle_mlp_b5", pretrained, {**args, **SPARSE, **kwargs})

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from sparse_mlp.mixing.linear import Device, DType, Linear, Mlp
 from sparse_mlp.mixing.rearrange import merge_regions, split_regions
 from sparse_mlp.mixing.reweight import Reweight
-from sparse_mlp.models._checkpoint import StateDict, unwrap_checkpoint
-from sparse_mlp.models._pyramid import Pyramid, Stage, create_pyramid, init_normal, norm_nchw, to_nchw, to_nhwc
+from sparse_mlp.models._checkpoint import StateDict, unwrap_checkpoint, upcycle
+from sparse_mlp.models._pyramid import SPARSE, Pyramid, Stage, create_pyramid, init_normal, norm_nchw, to_nchw, to_nhwc
 
 __all__ = ["HireMlp"]
 
@@ -183,7 +183,14 @@ _KEY_RULES = (
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module | None = None) -> StateDict:
-    """Bring the authors' layout (wrapped or not, classifier or dense backbone) into ours; ours passes unchanged."""
+    """Bring the authors' layout (wrapped or not, classifier or dense backbone) into ours; ours passes unchanged.
+
+    In a model with experts each of them begins as the MLP of the dense weights.
+    """
+    return upcycle(_rename(checkpoint), model)
+
+
+def _rename(checkpoint: Mapping[str, Any]) -> StateDict:
     published = unwrap_checkpoint(checkpoint)
     if not any(key.startswith("network.") for key in published):
         return published
@@ -215,7 +222,11 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {f"hire_mlp_{name}.untrained": _cfg() for name in ("tiny", "small", "base", "large")}
+    {
+        f"{kind}hire_mlp_{name}.untrained": _cfg()
+        for kind in ("", "sparse_")
+        for name in ("tiny", "small", "base", "large")
+    }
 )
 
 
@@ -246,3 +257,28 @@ def hire_mlp_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Hire-MLP-Large: 96 M parameters, 13.4 GMACs."""
     args = {"depths": (4, 6, 24, 3), "dims": (96, 192, 384, 768)}
     return _create("hire_mlp_large", pretrained, {**args, **kwargs})
+
+
+@register_model
+def sparse_hire_mlp_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Hire-MLP-Tiny with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 38 M parameters, 2.1 GMACs."""
+    return _create("sparse_hire_mlp_tiny", pretrained, {"depths": (2, 2, 4, 2), **SPARSE, **kwargs})
+
+
+@register_model
+def sparse_hire_mlp_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Hire-MLP-Small with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 54 M parameters, 4.2 GMACs."""
+    return _create("sparse_hire_mlp_small", pretrained, {"depths": (3, 4, 10, 3), **SPARSE, **kwargs})
+
+
+@register_model
+def sparse_hire_mlp_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Hire-MLP-Base with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 79 M parameters, 8.1 GMACs."""
+    return _create("sparse_hire_mlp_base", pretrained, {"depths": (4, 6, 24, 3), **SPARSE, **kwargs})
+
+
+@register_model
+def sparse_hire_mlp_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Hire-MLP-Large with 8 experts, one an item, in stages 3 and 4 (`SPARSE`): 137 M parameters, 13.4 GMACs."""
+    args = {"depths": (4, 6, 24, 3), "dims": (96, 192, 384, 768)}
+    return _create("sparse_hire_mlp_large", pretrained, {**args, **SPARSE, **kwargs})

@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
-from sparse_mlp.moe.experts import GELU
 
-
-def check_arguments(
-    *,
-    sizes: dict[str, int],
-    ratios: dict[str, float | None],
-    not_negative: dict[str, float | None],
-    capacity_group: str,
-    prioritized: bool,
-    act: str,
-) -> None:
-    """ValueError naming the argument, its value and what is allowed."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size}")
-    if sizes["top_k"] > sizes["num_experts"]:
-        raise ValueError(f"top_k must be at most num_experts ({sizes['num_experts']}); got {sizes['top_k']}")
-    for name, value in not_negative.items():
-        if value is not None and value < 0:
-            raise ValueError(f"{name} must not be negative; got {value}")
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """ValueError naming the argument, its value and what is allowed; `given` are all of them by name."""
+    for name in ("dim", "hidden_dim", "num_experts", "top_k"):
+        if given[name] < 1:
+            raise ValueError(f"{name} must be at least 1; got {given[name]}")
+    if given["top_k"] > given["num_experts"]:
+        raise ValueError(f"top_k must be at most num_experts ({given['num_experts']}); got {given['top_k']}")
+    for name in ("noise_std", "balance_weight", "bias_rate", "z_loss_weight", "shared_experts"):
+        if given[name] is not None and given[name] < 0:
+            raise ValueError(f"{name} must not be negative; got {given[name]}")
+    ratios = {name: given[name] for name in ("capacity_ratio", "eval_capacity_ratio")}
     for name, ratio in ratios.items():
         if ratio is not None and not 0 < ratio < float("inf"):
             raise ValueError(f"{name} must be above 0, or None for dropless; got {ratio}")
-    if capacity_group not in ("image", "batch"):
-        raise ValueError(f'capacity_group must be "image" or "batch"; got {capacity_group!r}')
-    if prioritized and all(ratio is None for ratio in ratios.values()):
+    if given["capacity_group"] not in ("image", "batch"):
+        raise ValueError(f'capacity_group must be "image" or "batch"; got {given["capacity_group"]!r}')
+    if given["prioritized"] and all(ratio is None for ratio in ratios.values()):
         raise ValueError("prioritized=True needs a capacity_ratio: without a capacity nothing is dropped")
-    if act not in GELU:
-        raise ValueError(f"act must be one of {', '.join(GELU)}; got {act!r}")
+    if given["scores"] not in ("softmax", "sigmoid"):
+        raise ValueError(f'scores must be "softmax" or "sigmoid"; got {given["scores"]!r}')
+    if given["gate"] not in (None, "first", "last"):
+        raise ValueError(f'gate must be "first" or "last", the half that is gated, or None; got {given["gate"]!r}')
 
 
 def warn_if_rounded(ratio: float, items: int, capacity: int, num_experts: int, top_k: int) -> None:

@@ -63,6 +63,11 @@ def balance_loss(totals: Tensor) -> Tensor:
     return 0.5 * squared_variation(totals).sum()
 
 
+def z_loss(logits_NE: Tensor) -> Tensor:
+    """The mean over items of (log sum_e exp(logits_e))^2: it keeps logits small (ST-MoE, equation 5). (N, E) -> ()."""
+    return logits_NE.logsumexp(-1).square().sum() / max(logits_NE.shape[0], 1)
+
+
 class _InjectGradient(torch.autograd.Function):
     @staticmethod
     def forward(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:

@@ -35,5 +35,7 @@ def _follow_weights(module: NonPersistentBuffers, _: Any) -> None:
         return
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
+            if not buffer.is_meta:  # one that the checkpoint holds
+                continue
             setattr(owner, name, torch.empty_like(buffer, device=weight.device))
     module.init_non_persistent_buffers()

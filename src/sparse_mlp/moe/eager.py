@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_mlp.moe.kernels import in_transform, is_subclass
+
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -28,19 +30,16 @@ def onednn_is_faster() -> bool:
 
 
 def runs_eagerly_on_cpu(*tensors: Tensor) -> bool:
-    """Whether these are plain CPU tensors and nothing records, transforms or counts operations now.
+    """Whether these are plain CPU tensors and nothing compiles, traces or transforms what is computed from them.
 
-    False under torch.compile, torch.export, tracing, autocast, torch.func, forward-mode AD, any TorchDispatchMode (fake
-    tensors, FLOP counters), for tensor subclasses, and where torch was built without oneDNN.
+    False under torch.compile, torch.export, tracing and autocast, for tensors of torch.func's transforms, of
+    forward-mode AD and of subclasses (fake tensors), and where torch was built without oneDNN.
     """
     return bool(
         not torch.compiler.is_compiling()
         and _ONEDNN
         and torch.backends.mkldnn.enabled
         and not torch.jit.is_tracing()
-        and all(t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.maybe_current_level()
-        and torch.autograd.forward_ad._current_level < 0
+        and all(t.device.type == "cpu" and not is_subclass(t) and not in_transform(t) for t in tensors)
     )

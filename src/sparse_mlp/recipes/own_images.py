@@ -58,7 +58,7 @@ def fit_to_images(
     count = len(dataset.train)  # type: ignore[arg-type]
     if not count:
         raise UserError(f"data.test_share {data.test_share} leaves no image of {data.root or data.name} to train on")
-    model = replace(given.model, pretrained=given.model.weights is None and _can_fetch(given.model))
+    model = replace(given.model, pretrained=given.model.weights is None and can_fetch(given.model))
     from_weights = model.pretrained or model.weights is not None
     sampled = range(0, count, max(1, count // _SAMPLED_FILES))
     names = file_names(dataset.train, sampled) if datasets is None else None
@@ -156,7 +156,7 @@ def _image_size(name: str, side: int, from_weights: bool) -> int:
     return max(32, round(min(limit, side) / 32) * 32)
 
 
-def _can_fetch(model: ModelConfig) -> bool:
+def can_fetch(model: ModelConfig) -> bool:
     """Whether the weights that timm publishes for a model are in its cache or can be downloaded.
 
     UserError if they were asked for by name and cannot.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from sparse_mlp.report.capacity import capacity_section
 from sparse_mlp.report.experts import channels_section, load_section, measured_section, patches_section, trace_examples
 from sparse_mlp.report.explore import explore_section
 from sparse_mlp.report.header import accuracy_tile, balance_tile, cost_tiles, run_head
@@ -48,6 +49,7 @@ def write_classification_report(
         "curves": curves_section(run, figures),
         "classes": classes_section(run, figures, names, samples),
         "load": load_section(run, figures),
+        "capacity": capacity_section(run.path, figures),
     }
     balanced = balance_tile({name: routing.final_load() for name, routing in run.routing.items()})
     if model is not None and samples is not None and len(samples.images):

@@ -1,4 +1,4 @@
-"""The curves of a comparison: test accuracy and training loss over steps, time and multiply-adds."""
+"""The curves of a comparison: test score and training loss over steps, time and multiply-adds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from sparse_mlp.report.curves import percent, plain, round_ticks, smooth, thin, time_unit
 from sparse_mlp.report.predictions import Floats
-from sparse_mlp.report.run import RunData, Series
+from sparse_mlp.report.run import SCORES, RunData, Series
 from sparse_mlp.report.style import RUN_STYLES, clip, panel, styled
 from sparse_mlp.report.style import title as set_title
 
@@ -93,6 +93,11 @@ class Quantity:
     series: Callable[[RunData], Series]
     keys: tuple[str, ...]
 
+    def heading(self, groups: Sequence[Group]) -> str:
+        """The title, which of one score only, that is no accuracy, is its name."""
+        found = {key for group in groups for run in group.runs for key in self.keys if key in self.series(run).values}
+        return SCORES[found.pop()] if len(found) == 1 and found <= SCORES.keys() - {"top1"} else self.title
+
     def line(self, group: Group, scale: Scale) -> Line | None:
         """Return a group's curve, None where none of its runs has a place on this axis."""
         curves = []
@@ -116,7 +121,7 @@ class Quantity:
 
 
 QUANTITIES = (
-    Quantity("accuracy", "Test accuracy", percent, lambda run: run.evals, ("top1", "knn_top1")),
+    Quantity("accuracy", "Test accuracy", percent, lambda run: run.evals, ("top1", "knn_top1", "miou", "box_map")),
     Quantity("loss", "Training loss", plain, lambda run: run.train, ("loss",)),
 )
 
@@ -167,7 +172,7 @@ def _draw(axes: Axes, groups: Sequence[Group], quantity: Quantity, scale: Scale)
         if line.low is not None and line.high is not None:
             x, low, high = thin(line.x), thin(line.low), thin(line.high)
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-    set_title(axes, f"{quantity.title} {scale.title}", margin=0.5)
+    set_title(axes, f"{quantity.heading(groups)} {scale.title}", margin=0.5)
     axes.set_xlabel(scale.label)
     axes.set_xlim(left=0)
     axes.margins(y=0.06)

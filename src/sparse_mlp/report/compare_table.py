@@ -13,7 +13,7 @@ from typing import Any
 from sparse_mlp.report.analysis import balance
 from sparse_mlp.report.compare_curves import Group
 from sparse_mlp.report.page import NONE, TIMES, count, duration
-from sparse_mlp.report.run import RunData
+from sparse_mlp.report.run import SCORES, RunData
 
 # What may differ between the runs of one group: the seed, and where and how often something is written or computed.
 _FREE = ("seed", "device", "threads", "log_every", "eval_every", "save_every", "keep_checkpoints")
@@ -24,6 +24,8 @@ class Numbers:
     """What a comparison says of one run; None where it was not measured or does not apply."""
 
     top1: float | None
+    miou: float | None
+    box_map: float | None
     steps: int
     parameters: int | None
     multiply_adds: int | None
@@ -77,7 +79,9 @@ def numbers(run: RunData, macs: int | None) -> Numbers:
     """The numbers of a run whose model takes `macs` multiply-adds for one item."""
     loads = [balance(routing.final_load()) for routing in run.routing.values()]
     return Numbers(
-        top1=run.top1,
+        top1=run.score("top1"),
+        miou=run.score("miou"),
+        box_map=run.score("box_map"),
         steps=run.last_step,
         parameters=run.parameters,
         multiply_adds=macs,
@@ -92,17 +96,28 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the columns, and for each group its `name`, `aside`, and `cells` as (text, whether it is the best)."""
     items = {run.items for group in groups for run in group.runs}
     rate = f"{items.pop().capitalize()}/s" if len(items) == 1 else "Items/s"
-    columns = ["Top-1", "Steps", "Parameters", "Multiply-adds", rate, "Training time", "Busiest expert", "Idle experts"]
-    tops = [_mean([run.top1 for run in group.runs]) for group in groups]
-    best = max((top for top in tops if top is not None), default=None)
+    scores = [name for name in SCORES if any(run.score(name) is not None for group in groups for run in group.runs)]
+    scores = scores or ["top1"]
+    columns = [
+        *(SCORES[name] for name in scores),
+        "Steps",
+        "Parameters",
+        "Multiply-adds",
+        rate,
+        "Training time",
+        "Busiest expert",
+        "Idle experts",
+    ]
+    means = [{name: _mean([run.score(name) for run in group.runs]) for name in scores} for group in groups]
+    best = {name: max((known for own in means if (known := own[name]) is not None), default=None) for name in scores}
     rows = []
-    for group, top in zip(groups, tops, strict=True):
+    for group, reached in zip(groups, means, strict=True):
         own = [asdict(numbers(run, group.macs)) for run in group.runs]
         values = {key: [value for entry in own if (value := entry[key]) is not None] for key in _NUMBERS}
         steps = sorted({int(step) for step in values["steps"]})
         dense = not any(run.has_experts for run in group.runs)
         cells = [
-            spread(values["top1"]),
+            *(spread(values[name]) for name in scores),
             f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}",
             count(_mean(values["parameters"])),
             count(group.macs),
@@ -117,7 +132,8 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[dict[str, Any]]]:
         ]
         model = group.runs[0].model_name
         seeds = f" · {len(own)} seeds" if len(own) > 1 else ""
-        marked = [(cell, i == 0 and top is not None and top == best) for i, cell in enumerate(cells)]
+        leads = [reached[name] is not None and reached[name] == best[name] for name in scores]
+        marked = [(cell, i < len(leads) and leads[i]) for i, cell in enumerate(cells)]
         rows.append({"name": group.name, "aside": f"{model}{seeds}", "cells": marked})
     return columns, rows
 

@@ -26,12 +26,14 @@ TITLES = {
     "neighbours": "Nearest neighbours",
     "classes": "Right and wrong",
     "iou": "Classes",
+    "ap": "Classes",
     "examples": "Best and worst",
     "load": "Load of the experts",
+    "capacity": "Less computation",
     "explore": "Explore the routing",
     "patches": "Where patches go",
     "channels": "Where channels go",
-    "accuracy": "Test accuracy",
+    "accuracy": "On the test set",
     "loss": "Training loss",
 }
 

@@ -20,6 +20,9 @@ from sparse_mlp.report.predictions import Floats, Predictions, read_predictions
 _MEASURED = ("train", "eval", "routing")
 _NOT_SCALARS = {"kind", "step", "epoch", "time", "layer", "load", "importance", "split", "what", "ema"}
 
+SCORES = {"top1": "Top-1", "miou": "Mean IoU", "box_map": "Box mAP"}
+"""What runs of one kind are compared by, shares of 1, and how a page calls it."""
+
 _CLASSIFIERS = ("classify", "knn", "nodes")  # kinds of run whose predictions are always classes
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: stored, but no parameters
@@ -130,6 +133,13 @@ class RunData:
             return float(self.predictions.correct.mean())
         accuracy = self.evals.get("knn_top1" if self.pretraining else "top1")
         return float(accuracy[-1]) if len(accuracy) and np.isfinite(accuracy[-1]) else None
+
+    def score(self, name: str) -> float | None:
+        """One of SCORES as the run ended; None where its kind has another."""
+        if name == "top1":
+            return self.top1
+        values = self.evals.get(name)
+        return float(values[-1]) if len(values) and np.isfinite(values[-1]) else None
 
     @property
     def items_per_s(self) -> float | None:

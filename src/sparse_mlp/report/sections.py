@@ -56,6 +56,9 @@ _CURVES = {
     "accuracy": "Share of right answers on augmented training images, and on all test images.",
     "pixel_accuracy": "Share of right pixels: in augmented crops of training images, and in whole test images.",
     "miou": "Mean over the classes of intersection over union, on all test images.",
+    "box_map50": "Average precision, mean over the classes; a box is right that overlaps the object's by half.",
+    "box_map": "Average precision, mean over the classes and over ten demands on the overlap, from 0.5 to 0.95.",
+    "mask_map": "The same of the masks.",
     "learning_rate": "Warm-up, then the schedule.",
     "gradient_norm": "Before clipping. Spikes that the loss follows are a sign of too high a learning rate.",
     "throughput": "In training, the loading of data included.",
@@ -81,9 +84,9 @@ class CurvesSection:
     drawings: list[Drawing]
 
 
-def curves_section(run: RunData, figures: Figures) -> CurvesSection | None:
-    """Return the curves of a run; None where nothing was logged."""
-    captions = _CURVES | (_PRETRAINING_CURVES if run.pretraining else {})
+def curves_section(run: RunData, figures: Figures, other: Mapping[str, str] | None = None) -> CurvesSection | None:
+    """Return the curves of a run, some with `other` captions; None where nothing was logged."""
+    captions = {**_CURVES, **(_PRETRAINING_CURVES if run.pretraining else {}), **(other or {})}
     drawn = [figures.add(figure, name, captions[name]) for name, figure in curve_figures(run).items()]
     lead = (
         "Each panel runs over steps; the scale on its upper edge is the training time. Where lines are many, the pale "

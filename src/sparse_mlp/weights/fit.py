@@ -27,7 +27,7 @@ class CheckpointMismatch(UserError):
             "of another shape": [f"{name} {shapes}" for name, shapes in misshapen.items()],
         }
         listed = ", ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in parts.items() if names)
-        super().__init__(f"{what}: {len(matched)} matched, {listed}")
+        super().__init__(f"{what}: {len(matched)} matched, {listed}{_about_experts(missing, unexpected)}")
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -57,6 +57,22 @@ def add_batch_counters(actual: dict[str, Tensor], expected: Mapping[str, Shape])
         norm, _, leaf = name.rpartition(".")
         if leaf == "num_batches_tracked" and name not in actual and f"{norm}.running_mean" in actual:
             actual[name] = torch.tensor(0)
+
+
+def _about_experts(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What to do where one side has experts in the place of the other's MLP."""
+    for without, with_experts, advice in (
+        (unexpected, missing, "a dense model's: load them before `sparse_mlp.sparsify` gives it experts"),
+        (
+            missing,
+            unexpected,
+            "of a model with experts: call `sparse_mlp.sparsify` as for that one before you load them",
+        ),
+    ):
+        places = {name.removesuffix("router.weight") for name in with_experts if name.endswith(".router.weight")}
+        if any(name.startswith(place) for place in places for name in without):
+            return f"; they are {advice}"
+    return ""
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

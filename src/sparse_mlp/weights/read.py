@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from sparse_mlp.models._checkpoint import unwrap_checkpoint
 from sparse_mlp.models.sparse_mlp import from_google
 from sparse_mlp.weights.moco import from_moco
 
-__all__ = ["adapt", "names_and_tensors", "read_file"]
+__all__ = ["adapt", "have_experts", "names_and_tensors", "read_file"]
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
@@ -45,6 +46,21 @@ def read_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(contents, Mapping):
         raise UserError(f"{path} holds no weights that can be read: it is a {type(contents).__name__}, no state dict")
     return contents
+
+
+def have_experts(path: Path) -> bool:
+    """Whether a file holds the weights of a model with experts. FileNotFoundError if there is no such file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of weights {path}")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+        except Exception as error:  # damaged, in as many ways as there are
+            raise _unreadable(path, error) from error
+    else:
+        names = list(unwrap_checkpoint(read_file(path)))
+    return any(name.endswith("router.weight") for name in names)
 
 
 def names_and_tensors(model: nn.Module, path: Path) -> dict[str, Tensor]:

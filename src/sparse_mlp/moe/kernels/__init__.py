@@ -61,7 +61,7 @@ def _implementation(plain: F, args: tuple[Any, ...]) -> Callable[..., Any]:
         return plain
     if torch.compiler.is_compiling():
         return grouped.OPERATORS.get(plain.__name__, plain) if grouped.serves(args) else plain
-    if any(isinstance(arg, Tensor) and (_is_subclass(arg) or in_transform(arg)) for arg in args):
+    if any(isinstance(arg, Tensor) and (is_subclass(arg) or in_transform(arg)) for arg in args):
         return plain
     for backend in (cpu, grouped):
         if plain.__name__ in backend.OPERATORS and backend.serves(args):
@@ -76,5 +76,5 @@ def in_transform(tensor: Tensor) -> bool:
     return torch.func.debug_unwrap(tensor) is not tensor or unpack_dual(tensor).tangent is not None
 
 
-def _is_subclass(tensor: Tensor) -> bool:
+def is_subclass(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, nn.Parameter)

@@ -102,4 +102,13 @@ def apply_experts(
     return product(act_MH, w2, ends_E) + product(ones_M1, b2.unsqueeze(1), ends_E)
 
 
-OPERATORS: dict[str, Callable[..., Any]] = {"apply_experts": apply_experts}
+def expert_linear(rows_MD: Tensor, counts_E: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `general_experts.expert_linear`."""
+    if counts_E is None:
+        counts_E = torch.full((weight.shape[0],), rows_MD.shape[0] // weight.shape[0], device=rows_MD.device)
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    y_MN = product(rows_MD, weight, ends_E)
+    return y_MN if bias is None else y_MN + product(rows_MD.new_ones(rows_MD.shape[0], 1), bias.unsqueeze(1), ends_E)
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {"apply_experts": apply_experts, "expert_linear": expert_linear}

@@ -1,0 +1,187 @@
+"""Runs whose model has experts in the place of its MLPs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sparse_mlp
+from sparse_mlp.cli.main import main
+from sparse_mlp.data import InputSpec
+from sparse_mlp.errors import UserError
+from sparse_mlp.jobs import ModelConfig, build_model, from_json, override
+from sparse_mlp.jobs.classify import ClassifyRecipe
+from sparse_mlp.jobs.recipe import ExpertsConfig
+from sparse_mlp.moe.telemetry import moe_layers
+
+SMALL = {"num_blocks": 2, "embed_dim": 16, "mlp_ratio": [0.5, 2.0]}
+SPEC = InputSpec(tuple("abcd"), 1, 8, (0.5,), (0.5,), 1.0)
+
+
+def model(**experts) -> ModelConfig:
+    return ModelConfig("mixer_t4_32", {**SMALL, "patch_size": 2}, experts=ExpertsConfig(**experts))
+
+
+def recipe(steps: int = 4, **changes):
+    experts = {"blocks": 1, "num_experts": 4}
+    changes = {"args": SMALL, "experts": experts, **changes}
+    return sparse_mlp.recipe("digits_mixer", model=changes, train={"steps": steps, "save_every": 2, "log_every": 1})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> sparse_mlp.Run:
+    return sparse_mlp.train(recipe(), tmp_path_factory.mktemp("experts") / "run", show=False)
+
+
+def test_the_run_folder_makes_the_same_model_again(run: sparse_mlp.Run, tmp_path: Path) -> None:
+    assert run.evaluate()["top1"] == pytest.approx(run.metrics["top1"])
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    assert "class_1" in run.predict(tmp_path / "digit.png")[0]
+    assert "busiest" in run.report().read_text()
+    stored = load_file(run.folder.weights())
+    assert stored["blocks.1.mlp_channels.experts.fc1.weight"].shape == (4, 16, 32)
+    assert "blocks.0.mlp_channels.fc1.weight" in stored
+
+
+def test_what_export_prints_loads_the_model(run: sparse_mlp.Run, tmp_path: Path) -> None:
+    code = run.export(tmp_path / "weights.safetensors")
+    assert "sparse_mlp.sparsify(model, blocks=1, num_experts=4" in code
+    space: dict = {}
+    exec(code, space)
+    assert list(moe_layers(space["model"])) == ["blocks.1.mlp_tokens", "blocks.1.mlp_channels"]
+    stored = load_file(run.folder.weights())
+    assert all(torch.equal(value, stored[name]) for name, value in space["model"].state_dict().items())
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(run: sparse_mlp.Run, tmp_path: Path) -> None:
+    stopped = sparse_mlp.train(recipe(), tmp_path / "run", show=False)
+    for checkpoint in sorted((stopped.path / "checkpoints").iterdir())[1:]:
+        checkpoint.rename(tmp_path / checkpoint.name)
+    resumed = sparse_mlp.resume(stopped.path, show=False)
+    first, second = (load_file(one.folder.weights()) for one in (run, resumed))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_experts_begin_as_the_mlps_of_a_dense_run(tmp_path: Path) -> None:
+    dense = sparse_mlp.train(recipe(experts={}), tmp_path / "dense", show=False)
+    stored = load_file(dense.folder.weights())
+    sparse = build_model(
+        ModelConfig(
+            "mixer_t4_32",
+            {**SMALL, "patch_size": 2},
+            weights=str(dense.path),
+            experts=ExpertsConfig(blocks=1, num_experts=4),
+        ),
+        InputSpec(tuple("0123456789"), 1, 8, (0.5,), (0.5,), 1.0),
+    )
+    fc1 = sparse.blocks[1].mlp_channels.experts.fc1.weight
+    for e in range(4):
+        assert torch.equal(fc1[e], stored["blocks.1.mlp_channels.fc1.weight"].t())
+
+
+def test_a_run_that_begins_with_another_of_experts_has_its_weights(run: sparse_mlp.Run, tmp_path: Path) -> None:
+    probe = sparse_mlp.recipe("linear_probe", model={"weights": str(run.path)}, train={"epochs": None, "steps": 1})
+    tuned = sparse_mlp.train(probe, tmp_path / "probe", show=False)
+    stored, own = (load_file(one.folder.weights()) for one in (run, tuned))
+    name = "blocks.1.mlp_channels.experts.fc1.weight"
+    assert torch.equal(stored[name], own[name])
+
+
+def test_a_configuration_without_the_field_still_loads() -> None:
+    values = json.loads(json.dumps({"kind": "classify", "model": {"name": "resnet10t"}}))
+    assert from_json(ClassifyRecipe, values).model.experts == ExpertsConfig()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [(1, [1]), ("last-1", [1]), ("every-1", [0, 1]), ("0,-1", [0, 1]), ("0,", [0]), ("blocks.0", [0])],
+)
+def test_blocks_as_the_command_line_has_them(blocks: int | str, expected: list[int]) -> None:
+    layers = moe_layers(build_model(model(blocks=blocks, num_experts=2), SPEC))
+    assert sorted({int(name.split(".")[1]) for name in layers}) == expected
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({"num_experts": 4}, r"model\.experts\.num_experts would be ignored: model\.experts\.blocks does not say"),
+        ({"blocks": 3}, "blocks 3 does not fit a model of 2 blocks"),
+        ({"blocks": 1, "top_k": 9}, r"top_k must be at most num_experts \(8\)"),
+        ({"blocks": 1, "args": {"capacity": 1}}, "capacity=1 is no argument of experts; nearest: capacity_ratio"),
+        ({"blocks": 1, "args": {"act": "relu"}}, "act='relu' is no argument of experts"),
+        ({"blocks": 1, "args": {"scores": "tanh"}}, "scores must be"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(experts: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build_model(model(**experts), SPEC)
+    assert "\n" not in str(error.value)
+
+
+def test_of_the_starts_only_known_ones_are_taken() -> None:
+    with pytest.raises(UserError, match=r"model\.experts\.init"):
+        override(ClassifyRecipe(), {"model": {"experts": {"blocks": 1, "init": "copies"}}})
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "digits_mixer", "--model.args", "num_blocks=2", "embed_dim=16", "--train.steps", "1"]
+    words += ["--model.experts.blocks", "last-1", "--model.experts.num-experts", "2", "--out", str(tmp_path / "run")]
+    assert main([*words, "--model.experts.args", "shared_experts=1"]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["experts"]["blocks"] == "last-1"
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "run")]) == 0
+    assert "blocks.1.mlp_channels" in capsys.readouterr().out
+
+
+# ---- Other arguments at inference ----
+
+
+def test_a_trained_model_is_evaluated_with_more_experts_an_item(run: sparse_mlp.Run, tmp_path: Path) -> None:
+    from sparse_mlp.jobs.images import load_trained
+
+    assert {layer.top_k for layer in moe_layers(load_trained(run.folder, args={"top_k": 2})).values()} == {2}
+    other = run.evaluate(model={"args": {"top_k": 2}})
+    assert other["loss"] != run.metrics["loss"]
+    capacity = {"eval_capacity_ratio": 0.5, "prioritized": True, "capacity_group": "batch"}
+    assert run.evaluate(model={"args": capacity})["loss"] != run.metrics["loss"]
+    with pytest.raises(UserError, match="num_experts=3 cannot change in a trained model; what can: top_k"):
+        run.evaluate(model={"args": {"num_experts": 3}})
+
+
+def test_so_is_a_sparse_mlp_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sparse = sparse_mlp.recipe(
+        "digits_sparse", model={"args": {"num_blocks": 1, "sparse_blocks": 1, "embed_dim": 16}}, train={"steps": 2}
+    )
+    run = sparse_mlp.train(sparse, tmp_path / "run", show=False)
+    options = ["--model.args", "top_k=(2,1)"]
+    assert main(["eval", str(run.path), *options]) == 0
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    assert main(["predict", str(run.path), str(tmp_path / "digit.png"), *options]) == 0
+    assert main(["eval", str(run.path), "--model.args", "top_k=(99,1)"]) == 2
+    assert "top_k must be at most num_experts" in capsys.readouterr().err
+
+
+def test_the_curve_of_accuracy_against_multiply_adds_is_measured_and_drawn(run: sparse_mlp.Run) -> None:
+    metrics = run.evaluate(curve=True)
+    points = json.loads((run.path / "capacity_curve.json").read_text())["points"]
+    assert [point["ratio"] for point in points] == [None, 1.0, 0.75, 0.5, 0.25, 0.1]
+    assert points[0]["top1"] == pytest.approx(metrics["top1"]) == pytest.approx(run.metrics["top1"])
+    macs = [point["macs"] for point in points]
+    assert macs == sorted(macs, reverse=True) and macs[-1] < 0.9 * macs[0]
+    assert "Top-1 by capacity of the experts" in run.report().read_text()
+    (run.path / "capacity_curve.json").write_text('{"points": [{"ratio": 1}]}')
+    with pytest.raises(UserError, match=r"capacity_curve\.json should hold points"):
+        run.report()
+    (run.path / "capacity_curve.json").unlink()
+
+
+def test_a_dense_run_has_no_such_curve(tmp_path: Path) -> None:
+    dense = sparse_mlp.train(recipe(2, experts={}), tmp_path / "run", show=False)
+    with pytest.raises(UserError, match="has no experts whose capacity"):
+        dense.evaluate(curve=True)
