@@ -14,7 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparse_mlp.moe import MoeMlp
 from sparse_mlp.moe.unrolled import unroll
 
-MODES: list[dict[str, Any]] = [{}, {"top_k": 2}, {"act": "gelu_tanh"}, {"eval_capacity_ratio": 2.0}]
+MODES: list[dict[str, Any]] = [
+    {},
+    {"top_k": 2, "renormalize": True},
+    {"act": "gelu_tanh"},
+    {"eval_capacity_ratio": 2.0},
+    {"act": "silu", "bias": (False, True), "norm_layer": nn.LayerNorm},
+]
+GATED: list[dict[str, Any]] = [
+    {"act": "silu", "gate": "first"},
+    {"act": "sigmoid", "gate": "last", "bias": False},
+    {"shared_experts": 1},
+]
 
 
 class Net(nn.Module):
@@ -28,7 +39,7 @@ class Net(nn.Module):
         return x + self.moe(x)
 
 
-@pytest.mark.parametrize("kwargs", MODES)
+@pytest.mark.parametrize("kwargs", [*MODES, *GATED])
 def test_the_answers_are_the_same(kwargs: dict[str, Any]) -> None:
     model = Net(**kwargs).eval()
     for batch in (1, 5):

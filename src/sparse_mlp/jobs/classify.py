@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -199,29 +198,15 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         deploy.check_target(target, options.to)
         if options.int8 and options.to != "onnx":
             raise UserError(f"--int8 would be ignored: it is of --to onnx, not of --to {options.to}")
-        spec, model, name = load_inputs(run), load_trained(run), load_model_config(run).name
+        parts = load_trained(run), load_model_config(run).name, load_inputs(run)
         if not options.int8:
-            return "\n".join(deploy.usage(deploy.export(model, name, spec, options.to, target), options.to, spec))
-        with tempfile.TemporaryDirectory() as folder:
-            whole = deploy.export(model, name, spec, "onnx", Path(folder) / "model.onnx")
-            deploy.quantize(whole.file, target)
-            small = replace(whole, file=target, call=deploy.load(target, "onnx"))
-            sizes = [program.file.stat().st_size / 1e6 for program in (whole, small)]
-            lines = [f"# {sizes[0]:.2f} MB in float32, {sizes[1]:.2f} MB in 8 bits"]
-            try:
-                data = open_images(cls.stored(run).data, AugmentConfig(), Context(run, trusted=options.trust_data))
-            except (UserError, OSError) as error:
-                _log.warning("the accuracy in 8 bits is not measured: %s", error)
-            else:
-                shares = [
-                    deploy.accuracy(program.call, eval_loader(data, cls.stored(run).data, rank=0, world_size=1))
-                    for program in (whole, small)
-                ]
-                lines.append(
-                    f"# top-1 on the {shares[0][1]:,} test images: {shares[0][0]:.2%} in float32, "
-                    f"{shares[1][0]:.2%} in 8 bits"
-                )
-        return "\n".join([*lines, *deploy.usage(small, "onnx", spec)])
+            return deploy.usage(deploy.export(*parts, options.to, target), options.to, parts[2])
+
+        def batches() -> Iterable[Any]:
+            data = cls.stored(run).data
+            return eval_loader(open_images(data, AugmentConfig(), Context(run, trusted=options.trust_data)), data)
+
+        return deploy.export_in_8_bits(*parts, target, batches)
 
 
 def evaluate_model(
