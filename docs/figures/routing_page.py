@@ -11,12 +11,11 @@ with sync_playwright() as started:
     browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
     page = browser.new_page(viewport={"width": 1280, "height": 1180}, color_scheme="light")
     page.goto(Path(sys.argv[1]).resolve().as_uri())
-    page.locator("[data-images] button").nth(5).click()
-    page.locator("#explorer").evaluate("it => it.scrollIntoView()")
-    place = page.locator("#explorer").bounding_box()
-    words = page.locator("[data-words-part]").bounding_box()
+    page.locator("[data-images] button").nth(3).click()
+    place, words = (page.locator(name).bounding_box() for name in ("#explorer", "[data-words-part]"))
     assert place is not None and words is not None
     height = words["y"] + words["height"] - place["y"] + 24
-    clip = {"x": place["x"] - 16, "y": place["y"] - 8, "width": place["width"] + 32, "height": height}
-    page.screenshot(path=sys.argv[2], clip=clip, full_page=False)
+    top = place["y"] + page.evaluate("window.scrollY") - 16
+    clip = {"x": place["x"] - 16, "y": top, "width": place["width"] + 32, "height": height + 16}
+    page.screenshot(path=sys.argv[2], clip=clip, full_page=True)
     browser.close()

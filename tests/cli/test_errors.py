@@ -423,6 +423,20 @@ def test_options_of_a_report_that_would_be_ignored(fails: Callable[..., str], tr
     assert "unknown option --images" in fails("report", with_kind.parent, "--images", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.pt", "--to", "onnx"], "the file to write for --to onnx must end in .onnx, got model.pt"),
+        (["model.pt2", "--to", "torch-export", "--int8"], "--int8 would be ignored"),
+        (["model.onnx", "--to", "oxxn"], "--to 'oxxn' must be one of timm, onnx, torch-export"),
+        (["model.safetensors", "--int8"], "int8 would be ignored"),
+        (["no/model.onnx", "--to", "onnx"], "there is no folder no"),
+    ],
+)
+def test_an_export_that_cannot_be(fails: Callable[..., str], trained: Path, options: list[str], message: str):
+    assert message in fails("export", trained, *options)
+
+
 @pytest.mark.parametrize("verb", ["compare", "report"])
 def test_a_comparison_has_a_folder_of_its_own(fails: Callable[..., str], trained: Path, tmp_path: Path, verb: str):
     copy = Path(shutil.copytree(trained, tmp_path / "run"))

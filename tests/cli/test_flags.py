@@ -87,7 +87,7 @@ def test_the_flags_of_the_nearest_neighbours_are_frozen(run: Run):
         ("recipes", []),
         ("models", ["--all", "--no-all"]),
         ("info", ["--args", "--image-size", "--channels", "--classes"]),
-        ("export", []),
+        ("export", ["--to", "--int8", "--no-int8", "--trust-data", "--no-trust-data"]),
     ],
 )
 def test_the_flags_of_the_other_verbs_are_frozen(run: Run, command: str, expected: list[str]):

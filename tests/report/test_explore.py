@@ -13,6 +13,7 @@ import torch
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
+import sparse_mlp
 from sparse_mlp.moe import MoeMlp, telemetry
 from sparse_mlp.report import ImageSource, Samples
 from sparse_mlp.report.explore import ExploreSection, embed, explore_section, images_to_explore
@@ -91,6 +92,26 @@ def test_items_in_rows_and_columns_need_no_guess() -> None:
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     (layer,) = data_of(sparse_pyramid(), images)["patches"]
     assert layer["grid"] == [2, 3] and layer["exact"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "grid"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"img_size": 64}, [4, 4]),  # two tokens that are no patches
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}, [2, 2]),
+        ("convnext_atto", {}, [2, 2]),  # (B, C, H, W)
+        ("mixer_s16_224", {"img_size": 64}, [4, 4]),
+        ("cycle_mlp_b1", {}, [2, 2]),
+    ],
+)
+def test_sparsified_models_have_their_patches(name: str, arguments: dict[str, Any], grid: list[int]) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **arguments).eval()
+    model = sparse_mlp.sparsify(model, blocks=1, num_experts=4, renormalize=True).eval()
+    section = section_of(model, torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert section is not None and not section.unplaced
+    layer = json.loads(section.data)["patches"][-1]
+    assert layer["grid"] == grid and layer["exact"] and layer["words"]["items"]
 
 
 def test_a_layer_whose_items_are_no_patches_is_named() -> None:

@@ -10,7 +10,7 @@ VERBS = {
     "predict": "what a run sees in files",
     "report": "write the page of a run, or the page that compares several",
     "compare": "train several recipes and set their results side by side",
-    "export": "write a run's model as a file that plain timm loads",
+    "export": "write a run's model for timm, onnxruntime or torch without this package",
     "recipes": "list the recipes, or show one in full",
     "models": "list the models",
     "info": "parameters, multiply-adds and experts of a model, module by module",

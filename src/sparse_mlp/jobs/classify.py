@@ -29,6 +29,7 @@ from sparse_mlp.data import (
 from sparse_mlp.data.sets import ignored_options
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
+from sparse_mlp.jobs import deploy
 from sparse_mlp.jobs.capacity_curve import write_capacity_curve
 from sparse_mlp.jobs.images import (
     ImageJob,
@@ -36,13 +37,14 @@ from sparse_mlp.jobs.images import (
     file_names,
     image_source,
     load_inputs,
+    load_model_config,
     load_split,
     load_trained,
     log_notes,
     open_images,
     samples,
 )
-from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, evaluation_batches
+from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, ProgramOptions, Row, evaluation_batches
 from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import InferenceConfig, ModelConfig, Recipe
 from sparse_mlp.report import write_classification_report, write_predictions_csv
@@ -189,6 +191,22 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
             _log.warning("the report of %s shows no images: %s", run.path, error)
             return write_classification_report(run.path, macs=macs)
         return write_classification_report(run.path, model, samples(run, data), image_source(data, macs), macs=macs)
+
+    @classmethod
+    def export_program(cls, run: RunFolder, target: Path, options: ProgramOptions) -> str:
+        """ONNX or torch.export, logits of normalised images; in 8 bits with the accuracy before and after."""
+        deploy.check_target(target, options.to)
+        if options.int8 and options.to != "onnx":
+            raise UserError(f"--int8 would be ignored: it is of --to onnx, not of --to {options.to}")
+        parts = load_trained(run), load_model_config(run).name, load_inputs(run)
+        if not options.int8:
+            return deploy.usage(deploy.export(*parts, options.to, target), options.to, parts[2])
+
+        def batches() -> Iterable[Any]:
+            data = cls.stored(run).data
+            return eval_loader(open_images(data, AugmentConfig(), Context(run, trusted=options.trust_data)), data)
+
+        return deploy.export_in_8_bits(*parts, target, batches)
 
 
 def evaluate_model(

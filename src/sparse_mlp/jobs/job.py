@@ -81,6 +81,20 @@ class ReportOptions:
     """How a run is reported: a kind may have options of its own."""
 
 
+@dataclass(frozen=True)
+class ProgramOptions:
+    """How a run's model becomes a program for another runtime."""
+
+    to: str = "onnx"
+    """onnx or torch-export."""
+
+    int8: bool = False
+    """Weights of matrix products in 8 bits (ONNX); the accuracy that is kept on the run's test set is printed."""
+
+    trust_data: bool = False
+    """With --int8: open the data that the run folder names even if that can execute or fetch something."""
+
+
 class Job(ABC, Generic[R]):
     """One run: the task and the loaders of a recipe.
 
@@ -192,6 +206,11 @@ class Job(ABC, Generic[R]):
     def export(cls, run: RunFolder, target: Path) -> str:
         """Write the run's model for use without this package's commands; returns how it is loaded."""
         raise UserError(f"a run of the kind {cls.recipe_type.kind} has nothing to export")
+
+    @classmethod
+    def export_program(cls, run: RunFolder, target: Path, options: ProgramOptions) -> str:
+        """Write the run's model as a program; returns how it is used."""
+        raise UserError(f"a run of the kind {cls.recipe_type.kind} cannot be exported to {options.to}")
 
 
 def check_export_target(target: Path) -> None:

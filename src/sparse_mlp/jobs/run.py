@@ -18,7 +18,7 @@ from sparse_mlp import distributed
 from sparse_mlp.engine import LENGTHS, Evaluation, RunFolder, check_longer
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import write_json, write_npz, writing_into
-from sparse_mlp.jobs.job import Context, Job, Row
+from sparse_mlp.jobs.job import Context, Job, ProgramOptions, Row
 from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.recipe import Recipe, change_fields, differences, override, to_json
 
@@ -81,9 +81,14 @@ class Run:
         with writing_into(self.path):
             return self.job.report_with(self.folder, given)
 
-    def export(self, target: str | Path) -> str:
-        """Write the run's model as bare weights; returns the code that loads them."""
-        return self.job.export(self.folder, Path(target))
+    def export(self, target: str | Path, to: str = "timm", **options: Any) -> str:
+        """Write the run's model as bare weights for timm, or `to` "onnx" or "torch-export"; returns the code that
+        loads it. Options as in `sparse-mlp export`: `export("model.onnx", to="onnx", int8=True)`."""
+        if to == "timm":
+            if options:
+                raise UserError(f"{', '.join(options)} would be ignored: weights for timm have no options")
+            return self.job.export(self.folder, Path(target))
+        return self.job.export_program(self.folder, Path(target), change_fields(ProgramOptions(to), options))
 
 
 def kind_of(folder: RunFolder) -> str:
