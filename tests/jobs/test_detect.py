@@ -101,7 +101,7 @@ def test_stopped_and_resumed_it_is_the_run_that_never_stopped(root, tmp_path, de
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn", "mask_rcnn"])
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"])
 def test_a_loss_falls_and_ema_bf16_and_checkpointing_run(root, tmp_path, detector):
     often = {"steps": 12, "log_every": 1, "eval_every": 0, "save_every": 0, "device": "cpu"}
     options = TrainConfig(**often, amp="bf16", ema_decay=0.9, clip_grad=1.0, grad_checkpointing=True)
