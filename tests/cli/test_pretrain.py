@@ -67,6 +67,14 @@ def test_the_report_shows_map_and_neighbours(pretrained: Path, run: Run):
         assert (pretrained / "figures" / f"{name}.png").is_file()
 
 
+def test_the_report_shows_what_experts_do_with_own_images(pretrained: Path, run: Run, tmp_path: Path):
+    Image.new("L", (20, 20), 90).save(tmp_path / "grey.png")
+    code, out, _ = run("report", pretrained, "--images", tmp_path)
+    page = (pretrained / "routing.html").read_text()
+    assert code == 0 and "routing.html" in out
+    assert "grey.png" in page and "taken for" not in page  # there is no classifier
+
+
 def test_killed_and_resumed_equals_uninterrupted(launch: Callable[..., list[int]], tmp_path: Path):
     """Killed in the middle of an epoch (of 4 steps) with data workers."""
     folders = {name: tmp_path / name for name in ("whole", "broken")}

@@ -82,7 +82,10 @@ _LEAD = (
     "Choose an image, a layer and an expert. Point at a patch, or move over the picture with the arrow keys, to see "
     "what every layer does with it; a click or Enter holds the patch. "
 )
-_EXACT = "Filled squares are patches that went to the expert, larger the higher the router's score."
+_EXACT = (
+    "Filled squares are patches that went to the expert, outlined ones those that did not; the larger, the higher the "
+    "router's score."
+)
 _MIXED = (
     "These layers route re-represented tokens, each a learned mix of all patches: drawn is an attribution, how far the "
     "expert's share in a patch lies above its mean over the image."
