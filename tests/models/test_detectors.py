@@ -28,6 +28,10 @@ def of_meta(model, detector):
         return parameters(Detector(FeatureMaps(timm.create_model(model)), detector, 80)) / 1e6
 
 
+# Twelve convolutions of 256 channels for each of a thousand regions take half a minute.
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name.startswith("cascade") else name for name in DETECTORS]
+
+
 @pytest.mark.parametrize(
     ("model", "detector", "millions"),
     [
@@ -81,7 +85,7 @@ def test_multiply_adds_are_those_of_the_authors_table(detector, billions):
     assert total == pytest.approx(billions, rel=0.002)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_images_of_different_sizes(name):
     detector = small(name)
     images = [torch.rand(3, 50, 70), torch.rand(3, 64, 33)]
@@ -107,7 +111,7 @@ def test_images_of_different_sizes(name):
 
 
 @pytest.mark.parametrize("objects", [1, 0])
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_weight_gets_a_gradient(name, objects):
     """Without one, training in several processes stops. Images without objects are allowed."""
     detector = small(name)
