@@ -80,7 +80,8 @@ def main() -> None:
             print(f"{model} seed {seed}: mean IoU {run.metrics['miou']:.2%}", flush=True)
     print(table(rows))
     if args.json is not None:
-        content = {"budget": BUDGET, "environment": environment(), "models": rows}
+        machine = {name: value for name, value in environment().items() if name != "command"}  # it has paths
+        content = {"budget": BUDGET, "environment": machine, "models": rows}
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
