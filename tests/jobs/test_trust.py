@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import sparse_mlp
 from sparse_mlp.cli.main import main
+from sparse_mlp.engine import RunFolder
+from sparse_mlp.jobs import to_json
 
 VERBS = ("eval", "report", "resume", "predict", "probe", "knn", "export")
 
@@ -79,6 +83,30 @@ def test_models_that_are_fetched(
     asked = []
     monkeypatch.setattr(timm, "create_model", lambda name, **_: asked.append(name))
     assert main(words(verb, foreign(model={**model, "args": {}}), tmp_path)) == 2
+    assert not asked
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["eval", "predict", "export", "resume"])
+@pytest.mark.parametrize("kind", ["segment", "detect"])
+def test_backbones_that_are_fetched(
+    kind: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a detector or a segmenter, in a run folder from wherever."""
+    import timm
+
+    if kind == "detect":
+        pytest.importorskip("pycocotools")
+    recipe = sparse_mlp.recipe("camvid" if kind == "segment" else "coco_small_retinanet")
+    recipe = replace(recipe, model=replace(recipe.model, name="hf-hub:somebody/model", args={}))
+    run = RunFolder.create(tmp_path / "foreign", to_json(recipe)).path
+    (run / "inputs.json").write_text(json.dumps({"classes": ["one", "two"]}))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / "a.png")
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **_: asked.append(name))
+    assert main(words(verb, run, pictures)) == 2
     assert not asked
     assert capfd.readouterr().err.count("\n") == 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,7 @@ from sparse_mlp.data import InputSpec
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import ModelConfig
 from sparse_mlp.jobs.images import load_inputs, load_model_config
+from sparse_mlp.jobs.model import without_weights
 from sparse_mlp.jobs.recipe import Arguments
 from sparse_mlp.moe import MoeMlp
 from sparse_mlp.report.cost import count_macs, count_parameters
@@ -69,7 +70,7 @@ def _resolve(given: InfoArguments) -> tuple[ModelConfig, InputSpec]:
         if given.args or given.image_size or given.channels or given.classes:
             raise UserError(f"{given.model} is a run folder: its model is shown as it was trained, without options")
         folder = jobs.Run(Path(given.model)).folder
-        return replace(load_model_config(folder), pretrained=False, weights=None), load_inputs(folder)
+        return without_weights(load_model_config(folder)), load_inputs(folder)
     jobs.check_model_name(given.model)
     published = get_pretrained_cfg(given.model)
     channels, height, _ = published.input_size if published else (3, 224, 224)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from sparse_mlp import distributed
@@ -18,15 +18,13 @@ from sparse_mlp.engine import Evaluation, RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, check_export_target, evaluation_batches
-from sparse_mlp.jobs.model import build_model, load_weights
+from sparse_mlp.jobs.model import build_model, check_local, load_weights, model_to_start, without_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.feature_maps import FeatureMaps
 from sparse_mlp.report.cost import count_macs, count_parameters
 from sparse_mlp.weights.write import write_file
 
 R = TypeVar("R", bound=Recipe)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DenseJob(Job[R]):
@@ -46,19 +44,8 @@ class DenseJob(Job[R]):
         """The whole model for these classes, its backbone by `config` (left out: the recipe's)."""
 
     def model_config(self) -> ModelConfig:
-        """The backbone to build. A run with a checkpoint does not load the weights that it started from again.
-
-        UserError for published weights that would be fetched because a run folder names them.
-        """
-        config: ModelConfig = self.recipe.model  # type: ignore[attr-defined]
-        run = self.context.run
-        if run is not None and run.has_checkpoint():
-            return without_weights(config)
-        if run is not None and not self.context.trusted and config.pretrained:
-            raise UserError(
-                f"{run.path} names the published weights of {config.name!r}, to be fetched: --trust-data allows it"
-            )
-        return config
+        """The backbone to build, see `model_to_start`."""
+        return model_to_start(self.recipe.model, self.context.run, self.context.trusted)  # type: ignore[attr-defined]
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
         if distributed.world_size() > 1:
@@ -73,6 +60,7 @@ class DenseJob(Job[R]):
         """The whole model of a run in evaluation mode, with its newest weights or those of `checkpoint`."""
         recipe = cls.stored(run)
         config: ModelConfig = recipe.model  # type: ignore[attr-defined]
+        check_local(config, run)
         model = cls.build(recipe, load_classes(run), without_weights(config))
         load_weights(model, checkpoint or run.path)
         return model.eval()
@@ -112,11 +100,6 @@ class DenseJob(Job[R]):
         )
 
 
-def without_weights(config: ModelConfig) -> ModelConfig:
-    """A model's configuration without the weights that it started from."""
-    return replace(config, pretrained=False, weights=None)
-
-
 def load_classes(run: RunFolder) -> tuple[str, ...]:
     """The class names of a run. UserError or OSError naming the file."""
     path = run.path / INPUTS
@@ -129,7 +112,7 @@ def load_classes(run: RunFolder) -> tuple[str, ...]:
 def build_backbone(config: ModelConfig, *, image_size: int, channels: int = 3) -> nn.Module:
     """The timm model of a configuration with the weights that it names; `image_size` is the side of the training
     images, which models of a fixed size are built for. UserError, one line, for all that `build_model` refuses."""
-    return build_model(config, InputSpec(("",), channels, image_size, IMAGENET_MEAN, IMAGENET_STD, 1.0))
+    return build_model(config, InputSpec(("",), channels, image_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, 1.0))
 
 
 def build_feature_maps(config: ModelConfig, *, image_size: int, channels: int = 3) -> FeatureMaps:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from sparse_mlp.data.coco_transforms import fitted_size, to_tensor, turn_boxes, 
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json, write_json
-from sparse_mlp.jobs.dense import IMAGENET_MEAN, IMAGENET_STD, DenseJob, build_feature_maps, load_classes
+from sparse_mlp.jobs.dense import DenseJob, build_feature_maps, load_classes
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, PredictOptions, Row
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.detectors import WITH_MASKS, Detector, DetectorName, paste_masks
@@ -160,8 +161,8 @@ class DetectJob(DenseJob[DetectRecipe]):
             maps,
             detector.name,
             len(classes),
-            mean=data.mean or (published.mean if published else IMAGENET_MEAN),
-            std=data.std or (published.std if published else IMAGENET_STD),
+            mean=data.mean or (published.mean if published else IMAGENET_DEFAULT_MEAN),
+            std=data.std or (published.std if published else IMAGENET_DEFAULT_STD),
             fpn_channels=detector.fpn_channels,
             anchor_size=detector.anchor_size,
             samples=detector.samples,

@@ -25,7 +25,6 @@ from sparse_mlp.data import (
     display_name,
     find_images,
     image_data_from,
-    is_remote,
     read_image,
 )
 from sparse_mlp.engine import Evaluation, RunFolder
@@ -34,7 +33,14 @@ from sparse_mlp.files import read_json
 from sparse_mlp.jobs.experts import add_experts, change_at_inference, has_experts, sparsify_arguments
 from sparse_mlp.jobs.job import INPUTS, Context, Job, ReportOptions, check_export_target
 from sparse_mlp.jobs.kinds import job_type
-from sparse_mlp.jobs.model import build_model, check_model_arguments, load_weights
+from sparse_mlp.jobs.model import (
+    build_model,
+    check_local,
+    check_model_arguments,
+    load_weights,
+    model_to_start,
+    without_weights,
+)
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe, from_json
 from sparse_mlp.report import ImageSource, Samples, images_to_explore, read_run, wanted_images, write_routing_report
 from sparse_mlp.report.cost import count_macs, count_parameters
@@ -77,18 +83,8 @@ class ImageJob(Job[R]):
         super().__init__(recipe, context)
 
     def model_config(self) -> ModelConfig:
-        """The model to build. A run with a checkpoint does not load the weights that it started from again.
-
-        UserError for a model or weights that would be fetched because a run folder names them.
-        """
-        config: ModelConfig = self.recipe.model  # type: ignore[attr-defined]
-        run = self.context.run
-        if run is not None and run.has_checkpoint():
-            config = replace(config, pretrained=False, weights=None)
-        if run is not None and not self.context.trusted and (is_remote(config.name) or config.pretrained):
-            what = "model" if is_remote(config.name) else "published weights"
-            raise UserError(f"{run.path} names the {what} of {config.name!r}, to be fetched: --trust-data allows it")
-        return config
+        """The model to build, see `model_to_start`."""
+        return model_to_start(self.recipe.model, self.context.run, self.context.trusted)  # type: ignore[attr-defined]
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
         self.check_folder(run)
@@ -132,7 +128,7 @@ class ImageJob(Job[R]):
         if not run.has_checkpoint():
             return None, None
         spec = load_inputs(run)
-        model = build_model(replace(load_model_config(run), pretrained=False, weights=None), spec)
+        model = build_model(without_weights(load_model_config(run)), spec)
         return count_parameters(model), count_macs(model, spec.channels, spec.image_size)[""]
 
     @classmethod
@@ -222,8 +218,8 @@ def load_model_config(run: RunFolder, named: str = "") -> ModelConfig:
     UserError for a model that would be fetched, unless the user `named` this very one.
     """
     config: ModelConfig = _section(ModelConfig, run, "model")
-    if is_remote(config.name) and config.name != named:
-        raise UserError(f"{run.path} names the model {config.name!r}, which would be fetched: give it as --model.name")
+    if config.name != named:
+        check_local(config, run)
     return config
 
 
@@ -254,7 +250,7 @@ def load_trained(
 
     `args`: other arguments of its experts, see `change_at_inference`. That of a pre-training has no classifier.
     """
-    config = replace(change_at_inference(load_model_config(run), args or {}), pretrained=False, weights=None)
+    config = without_weights(change_at_inference(load_model_config(run), args or {}))
     model = build_model(config, spec or load_inputs(run))
     if run.config().get("kind") == "pretrain":
         model.reset_classifier(0)  # type: ignore[operator]

@@ -16,7 +16,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from sparse_mlp import weights
-from sparse_mlp.data import InputSpec
+from sparse_mlp.data import InputSpec, is_remote
 from sparse_mlp.engine import RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.experts import add_experts, check_experts, has_experts
@@ -90,9 +90,35 @@ def check_model_arguments(config: ModelConfig) -> None:
     check_experts(config.experts)
 
 
+def without_weights(config: ModelConfig) -> ModelConfig:
+    """A model's configuration without the weights that it started from."""
+    return replace(config, pretrained=False, weights=None)
+
+
+def model_to_start(config: ModelConfig, run: RunFolder | None, trusted: bool) -> ModelConfig:
+    """The model to build: of a run with a checkpoint without the weights that it started from.
+
+    UserError for a model or weights that would be fetched because a run folder names them.
+    """
+    if run is None:
+        return config
+    if run.has_checkpoint():
+        config = without_weights(config)
+    if not trusted and (is_remote(config.name) or config.pretrained):
+        what = "model" if is_remote(config.name) else "published weights"
+        raise UserError(f"{run.path} names the {what} of {config.name!r}, to be fetched: --trust-data allows it")
+    return config
+
+
+def check_local(config: ModelConfig, run: RunFolder) -> None:
+    """UserError for a model that would be fetched because a run folder names it."""
+    if is_remote(config.name):
+        raise UserError(f"{run.path} names the model {config.name!r}, which would be fetched: give it as --model.name")
+
+
 def load_model(config: ModelConfig, spec: InputSpec, path: Path) -> nn.Module:
     """A trained model, in evaluation mode: the architecture of `config` with the weights of a file or a run folder."""
-    model = build_model(replace(config, pretrained=False, weights=None), spec)
+    model = build_model(without_weights(config), spec)
     load_weights(model, path)
     return model.eval()
 

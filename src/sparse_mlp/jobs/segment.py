@@ -25,8 +25,9 @@ from sparse_mlp.data.segmentation import (
 from sparse_mlp.data.segmentation_config import SegmentationConfig
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.dense import DenseJob, build_backbone, build_feature_maps, load_classes, without_weights
+from sparse_mlp.jobs.dense import DenseJob, build_backbone, build_feature_maps, load_classes
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, check_export_target
+from sparse_mlp.jobs.model import without_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.segmenters import FcnHead, Norm, Segmenter, SemanticFpn, UperNet
 from sparse_mlp.models.smp_segmenter import SmpSegmenter, smp_decoders
