@@ -84,6 +84,15 @@ def test_without_splits_a_name_decides(root, tmp_path):
         assert {p.name for p in getattr(before, part).pairs} <= {p.name for p in getattr(after, part).pairs}
 
 
+def test_a_split_of_a_folder_without_splits_is_refused(tmp_path):
+    """It was once the share for the test, whatever it was called."""
+    for i in range(20):
+        write(tmp_path, f"x{i}", i)
+    (tmp_path / "classes.txt").write_text("red\ngreen\nblue\n")
+    with pytest.raises(FileNotFoundError, match="no images with masks for the split 'train'"):
+        open_segmentation(config(tmp_path, test_split="train"))
+
+
 def test_camvid():
     if "SPARSE_MLP_DATA" not in os.environ:
         pytest.skip("SPARSE_MLP_DATA is not set")
@@ -251,6 +260,7 @@ def test_images_without_masks_are_named(root):
     [
         ({"root": "nowhere"}, "there is no folder nowhere: name the set's with --data.root"),
         ({"test_split": "vall"}, "has no images with masks for the split 'vall'"),
+        ({"test_share": 0.5}, "data.test_share 0.5 would be ignored: .* has splits"),
         ({"num_images": 9}, "data.num_images 9 is more than the 4 training images"),
         ({"image_size": 8}, "data.image_size 8 must be at least 32"),
         ({"flip": 1.5}, "data.flip 1.5 must be at least 0 and at most 1"),

@@ -79,7 +79,7 @@ def _evaluate_model(target: str, options: list[str]) -> dict[str, float]:
     config = ModelConfig(target, given.model_args, given.pretrained, experts=given.experts)
     with distributed.join(given.device) as device:
         data = open_images(images, AugmentConfig(), Context(trusted=True))
-        log_notes(data)
+        log_notes(data.notes)
         if given.checkpoint is not None:
             model = jobs.load_model(config, data.spec, given.checkpoint)
         else:

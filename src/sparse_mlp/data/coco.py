@@ -29,6 +29,7 @@ from sparse_mlp.data.coco_transforms import (
 )
 from sparse_mlp.data.decode import BadImageError, decode_image, display_name, read_orientation
 from sparse_mlp.data.randomness import epoch_seeds
+from sparse_mlp.data.sets import default_root
 from sparse_mlp.data.tree import Tree
 from sparse_mlp.errors import UserError
 
@@ -175,7 +176,7 @@ def open_coco(config: CocoConfig, *, masks: bool) -> CocoData:
     UserError or FileNotFoundError, one line, for what does not exist or fit.
     """
     check_coco_config(config)
-    root = Path(config.root) if config.root else Path(os.environ.get("SPARSE_MLP_DATA") or "data") / config.name
+    root = Path(config.root) if config.root else default_root(config.name)
     if not root.is_dir():
         raise FileNotFoundError(f"data.root {root} is no folder with images and annotations in COCO's format")
     train, train_source = _open_split(config, root, "train", masks)

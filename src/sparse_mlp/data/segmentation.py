@@ -70,6 +70,10 @@ class SegmentationData:
     notes: list[str] = field(default_factory=list)
     mixer: None = None
 
+    def bad_images(self) -> list[str]:
+        """Names of the images that were skipped because they cannot be used, so far."""
+        return list(dict.fromkeys([*self.train.bad_images, *self.test.bad_images]))
+
 
 class MaskedImages:
     """Images with masks, read one by one, each augmented under its own seed."""
@@ -230,7 +234,10 @@ def open_segmentation(config: SegmentationConfig) -> SegmentationData:
     find = _FINDERS.get(config.name, _find_pairs)
     train, test = (config.train_split or layout.splits[0], config.test_split or layout.splits[1])
     parts = {split: find(root, split, notes) for split in (train, test)}
-    if not any(parts.values()) and config.train_split is None:
+    divided = not any(parts.values()) and config.train_split is None and config.test_split is None
+    if config.test_share is not None and not divided:
+        raise UserError(f"data.test_share {config.test_share} would be ignored: {display_name(root)} has splits")
+    if divided:
         parts = dict(zip((train, test), _divide(find(root, None, notes), root, config), strict=True))
     for split, pairs in parts.items():
         if not pairs:

@@ -23,8 +23,6 @@ from sparse_mlp.data import (
     eval_loader,
     find_images,
     read_image,
-    steps_per_epoch,
-    train_loader,
 )
 from sparse_mlp.data.sets import ignored_options
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
@@ -35,6 +33,7 @@ from sparse_mlp.jobs.images import (
     ImageJob,
     RoutingReportOptions,
     file_names,
+    image_loaders,
     image_source,
     load_inputs,
     load_model_config,
@@ -113,16 +112,10 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         if recipe.task.frozen and recipe.train.compile:
             raise UserError("train.compile would be ignored: a frozen backbone only gives its features")
         self.data = data = open_images(recipe.data, recipe.augment, self.context)
-        per_epoch = steps_per_epoch(data, recipe.data)
+        self.loaders = image_loaders(data, recipe.data, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)
         model = build_model(self.model_config(), data.spec)
         self.task = (Probe if recipe.task.frozen else Classify)(model, recipe.task, class_names=data.classes)
-        self.loaders = Loaders(
-            train=partial(train_loader, data, recipe.data, recipe.train.seed),
-            evaluate=partial(eval_loader, data, recipe.data),
-            batch_size=recipe.data.batch_size,
-            steps_per_epoch=per_epoch,
-        )
 
     def predictions(self, evaluation: Evaluation) -> dict[str, np.ndarray]:
         return with_file_names(evaluation.predictions, self.data)
@@ -151,7 +144,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
             images = _other_images(images, recipe.data, spec)
         context = Context(run if own else None, trusted=options.trust_data or not own)
         data = open_images(images, AugmentConfig(), context, classes=spec.classes)
-        log_notes(data)
+        log_notes(data.notes)
         spec = replace(data.spec, classes=spec.classes)
         model = load_trained(run, options.checkpoint, spec, options.model.args)
         if options.curve:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -12,11 +13,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from sparse_mlp import distributed
-from sparse_mlp.data import InputSpec
+from sparse_mlp.data import InputSpec, display_name
+from sparse_mlp.data.coco import CocoData
+from sparse_mlp.data.segmentation import SegmentationData
 from sparse_mlp.distributed import sync_batch_norm
 from sparse_mlp.engine import Evaluation, RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json
+from sparse_mlp.jobs.images import log_notes, log_skipped
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, check_export_target, evaluation_batches
 from sparse_mlp.jobs.model import build_model, check_local, load_weights, model_to_start, without_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
@@ -37,6 +41,7 @@ class DenseJob(Job[R]):
     free: ClassVar[frozenset[str]] = Job.free | {"data.root", "data.workers", "data.eval_batch_size"}
 
     classes: tuple[str, ...]
+    data: SegmentationData | CocoData
 
     @classmethod
     @abstractmethod
@@ -48,9 +53,13 @@ class DenseJob(Job[R]):
         return model_to_start(self.recipe.model, self.context.run, self.context.trusted)  # type: ignore[attr-defined]
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
+        log_notes(self.data.notes)
         if distributed.world_size() > 1:
             sync_batch_norm(self.task)
         super().prepare(run, device)
+
+    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
+        log_skipped(self.data.bad_images())
 
     def inputs(self) -> dict[str, Any]:
         return {INPUTS: {"classes": list(self.classes)}}
@@ -107,6 +116,21 @@ def load_classes(run: RunFolder) -> tuple[str, ...]:
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{path}: classes should be a list of names")
     return tuple(classes)
+
+
+def picture_names(paths: Sequence[Path]) -> list[str]:
+    """A name for the pictures of each file: its own without the ending, numbered where it is taken, also by the mask
+    (NAME.mask) of another."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for path in paths:
+        stem = name = display_name(path.stem)
+        number = 2
+        while {name, f"{name}.mask"} & taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken |= {name, f"{name}.mask"}
+        names.append(name)
+    return names
 
 
 def build_backbone(config: ModelConfig, *, image_size: int, channels: int = 3) -> nn.Module:

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -21,19 +20,17 @@ from sparse_mlp import distributed
 from sparse_mlp.data import (
     BadImageError,
     display_name,
-    eval_loader,
     find_images,
     read_image,
-    steps_per_epoch,
-    train_loader,
 )
 from sparse_mlp.data.coco import CocoConfig, CocoData, open_coco
 from sparse_mlp.data.coco_annotations import decode_mask
 from sparse_mlp.data.coco_transforms import fitted_size, to_tensor, turn_boxes, turn_masks
-from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
+from sparse_mlp.engine import Evaluation, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json, write_json
-from sparse_mlp.jobs.dense import DenseJob, build_feature_maps, load_classes
+from sparse_mlp.jobs.dense import DenseJob, build_feature_maps, load_classes, picture_names
+from sparse_mlp.jobs.images import image_loaders
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, PredictOptions, Row
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.detectors import WITH_MASKS, Detector, DetectorName, paste_masks
@@ -137,15 +134,9 @@ class DetectJob(DenseJob[DetectRecipe]):
         run = self.context.run
         if run is not None and (run.path / INPUTS).is_file() and load_classes(run) != data.classes:
             raise UserError(f"the categories of {data.truth.path} are not those that {run.path} was trained on")
-        per_epoch = steps_per_epoch(data, recipe.data)
+        self.loaders = image_loaders(data, recipe.data, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)
         self.task = Detect(self.build(recipe, data.classes, self.model_config()), data.truth)
-        self.loaders = Loaders(
-            train=partial(train_loader, data, recipe.data, recipe.train.seed),
-            evaluate=partial(eval_loader, data, recipe.data),
-            batch_size=recipe.data.batch_size,
-            steps_per_epoch=per_epoch,
-        )
 
     @classmethod
     def build(cls, recipe: DetectRecipe, classes: tuple[str, ...], config: ModelConfig | None = None) -> Detector:
@@ -168,20 +159,12 @@ class DetectJob(DenseJob[DetectRecipe]):
             samples=detector.samples,
         )
 
-    def prepare(self, run: RunFolder, device: torch.device) -> None:
-        for note in self.data.notes:
-            _log.info(note)
-        super().prepare(run, device)
-
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
         """COCO's result file, and what the report shows."""
+        super().finish(run, evaluation)
         assert isinstance(evaluation, DetectionEvaluation)
         write_json(run.path / RESULTS, evaluation.results)
         write_json(run.path / ANALYSIS, evaluation.analysis)
-        bad = self.data.bad_images()
-        if bad:
-            some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-            _log.info(f"{len(bad)} images could not be read and were skipped: {some}")
 
     def summary(self, evaluation: Evaluation) -> str:
         metrics = evaluation.metrics
@@ -224,12 +207,8 @@ class DetectJob(DenseJob[DetectRecipe]):
         assert isinstance(detector, Detector)
         options.pictures.mkdir(parents=True, exist_ok=True)
         rows: list[Row] = []
-        stems: dict[str, int] = {}
-        for path in paths:
-            name = display_name(path)
-            stem = display_name(path.stem)
-            stems[stem] = number = stems.get(stem, 0) + 1  # folders may have files of the same name
-            target = options.pictures / (f"{stem}-{number}.png" if number > 1 else f"{stem}.png")
+        for path, stem in zip(paths, picture_names(paths), strict=True):
+            name, target = display_name(path), options.pictures / f"{stem}.png"
             try:
                 found = _predict_one(detector, recipe.data, classes, path, options.score, target)
                 rows += found or [{"file": name, "picture": str(target)}]

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -23,11 +24,14 @@ from sparse_mlp.data import (
     InputSpec,
     build_datasets,
     display_name,
+    eval_loader,
     find_images,
     image_data_from,
     read_image,
+    steps_per_epoch,
+    train_loader,
 )
-from sparse_mlp.engine import Evaluation, RunFolder
+from sparse_mlp.engine import Evaluation, Loaders, RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json
 from sparse_mlp.jobs.experts import add_experts, change_at_inference, has_experts, sparsify_arguments
@@ -97,17 +101,14 @@ class ImageJob(Job[R]):
             folder, root = run.path.resolve(), Path(data.root).resolve()
             if folder.is_relative_to(root):
                 raise UserError(f"the run folder {run.path} lies among the images of {data.root}: name another --out")
-        log_notes(self.data)
+        log_notes(self.data.notes)
 
     def inputs(self) -> dict[str, Any]:
         return {INPUTS: asdict(self.data.spec), SPLIT: self.data.split or None}
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
         """Log which images could not be read."""
-        bad = self.data.bad_images()
-        if bad:
-            some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-            _log.info(f"{len(bad)} images could not be read and were skipped: {some}")
+        log_skipped(self.data.bad_images())
 
     @classmethod
     def load(cls, run: RunFolder, checkpoint: Path | None = None) -> nn.Module:
@@ -167,10 +168,27 @@ def _check_classes(found: ImageData, run: RunFolder) -> None:
         raise UserError(f"the classes of the images are not those that {run.path} was trained on: {listed}")
 
 
-def log_notes(data: ImageData) -> None:
+def image_loaders(data: Any, config: Any, seed: int) -> Loaders:
+    """Batches of a training and a test set, see `data.loader`. UserError if the set is smaller than a batch."""
+    return Loaders(
+        train=partial(train_loader, data, config, seed),
+        evaluate=partial(eval_loader, data, config),
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch(data, config),
+    )
+
+
+def log_notes(notes: Sequence[str]) -> None:
     """Say what was left out of a set or is missing from it."""
-    for note in data.notes:
+    for note in notes:
         _log.info(note)
+
+
+def log_skipped(bad: Sequence[str]) -> None:
+    """Say which images could not be read; nothing if all could."""
+    if bad:
+        some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        _log.info(f"{len(bad)} images could not be read and were skipped: {some}")
 
 
 def file_names(images: Any, index: Sequence[int]) -> list[str] | None:

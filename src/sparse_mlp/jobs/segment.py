@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,8 +13,7 @@ import torch
 from PIL import Image
 
 from sparse_mlp import weights
-from sparse_mlp.data import BadImageError, display_name, eval_loader, find_images, read_image, train_loader
-from sparse_mlp.data.loader import steps_per_epoch
+from sparse_mlp.data import BadImageError, display_name, find_images, read_image
 from sparse_mlp.data.segmentation import (
     SegmentationData,
     open_segmentation,
@@ -23,9 +21,10 @@ from sparse_mlp.data.segmentation import (
     to_tensor,
 )
 from sparse_mlp.data.segmentation_config import SegmentationConfig
-from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
+from sparse_mlp.engine import Evaluation, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.dense import DenseJob, build_backbone, build_feature_maps, load_classes
+from sparse_mlp.jobs.dense import DenseJob, build_backbone, build_feature_maps, load_classes, picture_names
+from sparse_mlp.jobs.images import image_loaders
 from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, check_export_target
 from sparse_mlp.jobs.model import without_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
@@ -108,6 +107,7 @@ class SegmentJob(DenseJob[SegmentRecipe]):
     scores = ("miou", "pixel_accuracy")
     eval_options_type = SegmentEvalOptions
     predict_options_type = SegmentPredictOptions
+    data: SegmentationData
     free = DenseJob.free | {"inference.window", "inference.stride", "inference.scales", "inference.flip"}
 
     def __init__(self, recipe: SegmentRecipe, context: Context | None = None) -> None:
@@ -118,16 +118,10 @@ class SegmentJob(DenseJob[SegmentRecipe]):
         self.classes = data.classes
         if self.context.run is not None and self.classes != (known := load_classes(self.context.run)):
             raise UserError(f"the set has the classes {self.classes}, {self.context.run.path} was trained on {known}")
-        per_epoch = steps_per_epoch(data, recipe.data)
+        self.loaders = image_loaders(data, recipe.data, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)
         model = self.build(recipe, self.classes, self.model_config())
         self.task = Segment(model, self.classes, recipe.task, recipe.inference)
-        self.loaders = Loaders(
-            train=partial(train_loader, data, recipe.data, recipe.train.seed),
-            evaluate=partial(eval_loader, data, recipe.data),
-            batch_size=recipe.data.batch_size,
-            steps_per_epoch=per_epoch,
-        )
 
     @classmethod
     def build(
@@ -149,19 +143,9 @@ class SegmentJob(DenseJob[SegmentRecipe]):
             auxiliary = FcnHead(maps.channels[-2], len(classes), dropout=head.dropout, norm=head.norm)
         return Segmenter(maps, decoder, auxiliary)
 
-    def prepare(self, run: RunFolder, device: torch.device) -> None:
-        for note in self.data.notes:
-            _log.info(note)
-        super().prepare(run, device)
-
     def predictions(self, evaluation: Evaluation) -> dict[str, np.ndarray]:
         found = evaluation.predictions
         return found and {**found, "files": np.array([self.data.test.pairs[int(i)].name for i in found["index"]])}
-
-    def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
-        bad = [*self.data.train.bad_images, *self.data.test.bad_images]
-        if bad:
-            _log.info(f"{len(bad)} images were skipped: {', '.join(bad[:5])}" + (", ..." if len(bad) > 5 else ""))
 
     def summary(self, evaluation: Evaluation) -> str:
         metrics = evaluation.metrics
@@ -192,7 +176,7 @@ class SegmentJob(DenseJob[SegmentRecipe]):
         assert isinstance(model, Segmenter | SmpSegmenter)
         options.pictures.mkdir(parents=True, exist_ok=True)
         rows: list[Row] = []
-        for path, name in zip(paths, _distinct(paths), strict=True):
+        for path, name in zip(paths, picture_names(paths), strict=True):
             row: Row = {"file": display_name(path)}
             rows.append(row)
             try:
@@ -315,15 +299,3 @@ def _examples(
             found = classify_pixels(model, image, recipe.data.short_side, recipe.inference)
             parts[-1].append(SegmentedImage(name, image, truth, found, float(evaluated["iou"][i])))
     return parts[0], parts[1]
-
-
-def _distinct(paths: Sequence[Path]) -> list[str]:
-    """A name for the pictures of each file: its own without the ending, numbered where two are the same."""
-    names: list[str] = []
-    for path in paths:
-        stem = display_name(path.stem)
-        name, number = stem, 2
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names.append(name)
-    return names
