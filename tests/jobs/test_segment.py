@@ -71,6 +71,14 @@ def test_a_run_learns_and_leaves_its_files(run: Run):
         assert text in page
 
 
+def test_a_damaged_file_of_predictions_is_one_line(run: Run, tmp_path: Path, capsys):
+    copy = Path(shutil.copytree(run.path, tmp_path / "copy"))
+    (copy / "predictions.npz").write_bytes(b"damaged")
+    assert main(["report", str(copy)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "predictions.npz is not a predictions file" in errors
+
+
 def test_evaluated_again_it_is_the_same(run: Run, root: Path, capsys):
     assert run.evaluate() == pytest.approx(run.metrics)
     assert main(["eval", str(run.path), "--split", "train"]) == 0

@@ -32,6 +32,7 @@ from sparse_mlp.models.segmenters import FcnHead, Norm, Segmenter, SemanticFpn, 
 from sparse_mlp.models.smp_segmenter import SmpSegmenter, smp_decoders
 from sparse_mlp.report.cost import count_macs
 from sparse_mlp.report.overlay import overlay, with_legend
+from sparse_mlp.report.predictions import read_arrays
 from sparse_mlp.report.segmentation import SegmentedImage, write_segmentation_report
 from sparse_mlp.tasks.segment import InferenceConfig, Segment, SegmentConfig, segment_images
 
@@ -204,8 +205,7 @@ class SegmentJob(DenseJob[SegmentRecipe]):
         path = run.path / "predictions.npz"
         if not run.has_checkpoint() or not path.is_file():
             return write_segmentation_report(run.path, classes, None)
-        with np.load(path, allow_pickle=False) as archive:
-            evaluated = {name: archive[name] for name in ("index", "iou", "confusion", "class_iou", "files")}
+        evaluated = read_arrays(path, ("iou", "confusion", "class_iou", "files"))
         model = cls.load(run)
         assert isinstance(model, Segmenter | SmpSegmenter)
         macs = count_macs(model, 3, recipe.data.image_size)[""]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
 
 from sparse_mlp.report.analysis import Calibration, ClassAccuracy, confused_classes
 from sparse_mlp.report.curves import percent, plain, round_ticks
@@ -51,6 +53,42 @@ def class_accuracy_figure(stats: ClassAccuracy, classes: Sequence[str], mean: fl
     axes.xaxis.set_major_formatter(FuncFormatter(percent))
     axes.xaxis.set_major_locator(round_ticks(5))
     title(axes, f"Accuracy per class: the {len(shown)} worst of {len(stats.order)}" if many else "Accuracy per class")
+    return figure
+
+
+@styled
+def class_values_figure(
+    what: str,
+    values: NDArray[Any],
+    asides: Sequence[str],
+    classes: Sequence[str],
+    rings: NDArray[Any] | None = None,
+) -> Figure:
+    """Draw a share of 1 for each class as a dot, the best on top, with a text beside it and a line at the mean.
+
+    `rings`: a second share of each class. Classes without a value, NaN, are left out; of many the best and the worst
+    are shown.
+    """
+    order = [int(c) for c in np.argsort(-np.nan_to_num(values, nan=-1), kind="stable") if np.isfinite(values[c])]
+    half = MANY_CLASSES // 2
+    shown = order[:half] + order[-half:] if len(order) > MANY_CLASSES else order
+    names = [clip(classes[c], _NAME_WIDTH) for c in shown]
+    figure, axes = panel(5.6, 0.98 + 0.175 * max(len(shown), 4), left=name_margin(names), right=0.62)
+    for row, c in enumerate(shown):
+        axes.plot([0, values[c]], [row, row], color=GRID, linewidth=0.8)
+        if rings is not None:
+            axes.plot(rings[c], row, "o", color=ORANGE, markersize=4, fillstyle="none", clip_on=False)
+        axes.plot(values[c], row, "o", color=BLUE, markersize=4, clip_on=False)
+        axes.text(1.015, row, asides[c], transform=axes.get_yaxis_transform(), va="center", color=MUTED)
+    axes.axvline(float(np.nanmean(values)), color=ORANGE, linewidth=1.0)
+    axes.set_yticks(range(len(shown)), names, color=INK)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(0, 1)
+    axes.grid(False)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_formatter(FuncFormatter(percent))
+    cut = f": the {half} best and the {half} worst of {len(order)}" if len(order) > MANY_CLASSES else ""
+    title(axes, f"{what}{cut}")
     return figure
 
 

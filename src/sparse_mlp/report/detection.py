@@ -13,19 +13,18 @@ from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
 from sparse_mlp.report.boxes import draw_objects
-from sparse_mlp.report.classes import confusion_figure, name_margin
+from sparse_mlp.report.classes import class_values_figure, confusion_figure
 from sparse_mlp.report.curves import percent
 from sparse_mlp.report.experts import load_section
 from sparse_mlp.report.header import balance_tile, cost_tiles, run_head
-from sparse_mlp.report.page import Drawing, Figures, Picture, Tile, image
+from sparse_mlp.report.page import Drawing, Figures, Tile, image
 from sparse_mlp.report.run import RunData, read_run
-from sparse_mlp.report.sections import curves_section, save_page
-from sparse_mlp.report.style import BLUE, GRID, INK, MUTED, ORANGE, clip, key_above, panel, styled, title
+from sparse_mlp.report.sections import ExamplesSection, PictureRow, curves_section, save_page
+from sparse_mlp.report.style import BLUE, MUTED, ORANGE, key_above, panel, styled, title
 
 __all__ = ["DetectedImage", "Objects", "write_detection_report"]
 
 _SIDE = 600  # pixels of a picture's longer side on the page
-_MANY = 30  # classes; of more the best and the worst are shown
 
 
 @dataclass(frozen=True)
@@ -50,19 +49,6 @@ class DetectedImage:
     right: int
     missed: int
     wrong: int
-
-
-@dataclass(frozen=True)
-class _Row:
-    title: str
-    pictures: list[Picture]
-
-
-@dataclass(frozen=True)
-class _Examples:
-    lead: str
-    best: list[_Row]
-    worst: list[_Row]
 
 
 @dataclass(frozen=True)
@@ -97,7 +83,9 @@ def write_detection_report(
         sections["ap"] = _classes(analysis, names, figures)
     if best or worst:
         lead = "Left: the objects as annotated, crowds left out. Right: what was found, with its score."
-        sections["examples"] = _Examples(lead, [_row(one, names) for one in best], [_row(one, names) for one in worst])
+        sections["examples"] = ExamplesSection(
+            lead, [_row(one, names) for one in best], [_row(one, names) for one in worst]
+        )
     sections["load"] = load_section(run, figures)
     head = run_head(run, _tiles(run, macs), kind="Run report · detection")
     return save_page(run, "detection.html.j2", head, sections)
@@ -127,11 +115,11 @@ def _classes(analysis: Mapping[str, Any], names: Sequence[str], figures: Figures
         f"answers: {answers:,}, of which {right:,} are right, so that {objects - right:,} objects are missed or taken "
         "for something else."
     )
-    drawings = []
+    drawings, counts = [], [f"{count:,}" for count in analysis["objects"]]
     if np.isfinite(ap["box"]).any():
         drawings = [
             figures.add(
-                _ap_figure(ap, analysis["objects"], names),
+                class_values_figure("AP per class", ap["box"], counts, names, ap.get("mask")),
                 "class_ap",
                 "Average precision of the boxes"
                 + (" (dot) and of the masks (ring)" if "mask" in ap else "")
@@ -153,32 +141,6 @@ def _classes(analysis: Mapping[str, Any], names: Sequence[str], figures: Figures
         )
     )
     return _Classes(lead, [drawings[:1], drawings[1:]])
-
-
-@styled
-def _ap_figure(ap: Mapping[str, np.ndarray], objects: Sequence[int], names: Sequence[str]) -> Figure:
-    boxes = ap["box"]
-    order = [int(c) for c in np.argsort(-np.nan_to_num(boxes, nan=-1), kind="stable") if np.isfinite(boxes[c])]
-    half = _MANY // 2
-    shown = order[:half] + order[-half:] if len(order) > _MANY else order
-    labels = [clip(names[c], 28) for c in shown]
-    figure, axes = panel(5.6, 0.98 + 0.175 * max(len(shown), 4), left=name_margin(labels), right=0.62)
-    for row, c in enumerate(shown):
-        axes.plot([0, boxes[c]], [row, row], color=GRID, linewidth=0.8)
-        if "mask" in ap:
-            axes.plot(ap["mask"][c], row, "o", color=ORANGE, markersize=4, fillstyle="none", clip_on=False)
-        axes.plot(boxes[c], row, "o", color=BLUE, markersize=4, clip_on=False)
-        axes.text(1.015, row, f"{objects[c]:,}", transform=axes.get_yaxis_transform(), va="center", color=MUTED)
-    axes.axvline(float(np.nanmean(boxes)), color=ORANGE, linewidth=1.0)
-    axes.set_yticks(range(len(shown)), labels, color=INK)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set_xlim(0, 1)
-    axes.grid(False)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_formatter(FuncFormatter(percent))
-    cut = f": the {half} best and the {half} worst of {len(order)}" if len(order) > _MANY else ""
-    title(axes, f"AP per class{cut}")
-    return figure
 
 
 @styled
@@ -205,12 +167,12 @@ def _precision_figure(curves: Mapping[str, Mapping[str, Sequence[float | None]]]
     return figure
 
 
-def _row(one: DetectedImage, names: Sequence[str]) -> _Row:
+def _row(one: DetectedImage, names: Sequence[str]) -> PictureRow:
     pictures = []
     for objects, what in ((one.truth, "annotated"), (one.found, "found")):
         small = _draw(one.picture, objects, names)
         pictures.append(image(np.asarray(small), f"{one.name}: {what}", what, photo=True))
-    return _Row(f"{one.name} · {one.right} right, {one.missed} missed, {one.wrong} wrong", pictures)
+    return PictureRow(f"{one.name} · {one.right} right, {one.missed} missed, {one.wrong} wrong", pictures)
 
 
 def _draw(picture: Image.Image, objects: Objects, names: Sequence[str]) -> Image.Image:

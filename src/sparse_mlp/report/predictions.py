@@ -94,16 +94,23 @@ def _top5(target: NDArray[Any], logits: NDArray[Any]) -> float | None:
     return float(multiclass_accuracy(scores, labels, logits.shape[1], average="micro", top_k=5, ignore_index=-1))
 
 
-def read_predictions(path: Path, *, classes: bool = True) -> Predictions | None:
-    """Read predictions.npz. Where the run need not have predicted `classes`, None for a file without logits."""
+def read_arrays(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+    """Arrays of a predictions.npz by name. UserError, one line, for a file that does not hold them."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if not classes and "logits" not in archive:
-                return None
-            names = ["index", "target", "logits", *(["files"] if "files" in archive else [])]
-            arrays = {name: archive[name] for name in names}
+            return {name: archive[name] for name in [*names, *(name for name in optional if name in archive)]}
     except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a predictions file: {' '.join(str(error).split())}") from error
+
+
+def read_predictions(path: Path, *, classes: bool = True) -> Predictions | None:
+    """Read predictions.npz. Where the run need not have predicted `classes`, None for a file without logits."""
+    names = ("index", "target", "logits")
+    arrays = read_arrays(path, names, ("files",)) if classes else read_arrays(path, (), (*names, "files"))
+    if "logits" not in arrays:
+        return None
+    if absent := [name for name in names if name not in arrays]:
+        raise UserError(f"{path} is not a predictions file: it has no {absent[0]!r}")
     return reduce_predictions(arrays, str(path))
 
 

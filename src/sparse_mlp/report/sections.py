@@ -19,7 +19,7 @@ from sparse_mlp.report.classes import (
     confusion_figure,
 )
 from sparse_mlp.report.curves import curve_figures
-from sparse_mlp.report.page import Drawing, Figures, Head, Picture, image, settings, write_page
+from sparse_mlp.report.page import Drawing, Figures, Head, Picture, Swatch, image, settings, write_page
 from sparse_mlp.report.predictions import Predictions
 from sparse_mlp.report.run import RunData
 from sparse_mlp.report.samples import Samples, mistake_rows, picture
@@ -204,3 +204,21 @@ def _confusions(predictions: Predictions, names: Sequence[str], samples: Samples
         aside = f"{pair.count} of {pair.images} {items}"
         blocks.append(Confusion(names[pair.true], names[pair.predicted], aside, pictures))
     return blocks
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """Pictures of one image side by side."""
+
+    title: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class ExamplesSection:
+    """The images with the best and with the worst answers, and what their colours stand for."""
+
+    lead: str
+    best: list[PictureRow]
+    worst: list[PictureRow]
+    key: list[Swatch] = field(default_factory=list)

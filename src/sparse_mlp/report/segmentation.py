@@ -9,19 +9,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparse_mlp.report.classes import name_margin
-from sparse_mlp.report.curves import percent
+from sparse_mlp.report.classes import class_values_figure, name_margin
 from sparse_mlp.report.experts import load_section
 from sparse_mlp.report.header import balance_tile, cost_tiles, run_head
 from sparse_mlp.report.overlay import class_colours, overlay
-from sparse_mlp.report.page import Drawing, Figures, Picture, Swatch, Tile, image
+from sparse_mlp.report.page import Figures, Swatch, Tile, image
 from sparse_mlp.report.run import RunData, read_run
-from sparse_mlp.report.sections import curves_section, save_page
-from sparse_mlp.report.style import BLUE, GRID, INK, MUTED, ORANGE, clip, panel, styled, title
+from sparse_mlp.report.sections import CurvesSection, ExamplesSection, PictureRow, curves_section, save_page
+from sparse_mlp.report.style import INK, clip, panel, styled, title
 
 __all__ = ["SegmentedImage", "write_segmentation_report"]
 
@@ -37,26 +35,6 @@ class SegmentedImage:
     truth: NDArray[np.uint8]
     found: NDArray[np.uint8]
     iou: float
-
-
-@dataclass(frozen=True)
-class _Row:
-    title: str
-    pictures: list[Picture]
-
-
-@dataclass(frozen=True)
-class _Examples:
-    lead: str
-    key: list[Swatch]
-    best: list[_Row]
-    worst: list[_Row]
-
-
-@dataclass(frozen=True)
-class _Classes:
-    lead: str
-    drawings: list[Drawing]
 
 
 def write_segmentation_report(
@@ -80,7 +58,9 @@ def write_segmentation_report(
     if evaluated is not None:
         drawn = [
             figures.add(
-                _iou_figure(evaluated["class_iou"], evaluated["confusion"], names),
+                class_values_figure(
+                    "IoU per class", evaluated["class_iou"], _pixel_shares(evaluated["confusion"]), names
+                ),
                 "class_iou",
                 "Intersection over union; right of it the class's share of the true pixels. The line is the mean.",
             ),
@@ -90,7 +70,7 @@ def write_segmentation_report(
                 "Where the pixels of a class (row) were put, in % of its pixels.",
             ),
         ]
-        sections["iou"] = _Classes(f"Over all pixels of {len(evaluated['iou']):,} test images.", drawn)
+        sections["iou"] = CurvesSection(f"Over all pixels of {len(evaluated['iou']):,} test images.", drawn)
     if best or worst:
         sections["examples"] = _examples(best, worst, names)
     sections["load"] = load_section(run, figures)
@@ -108,15 +88,15 @@ def _tiles(run: RunData, evaluated: dict[str, NDArray[Any]] | None, macs: int | 
     return [*tiles, *cost_tiles(run, macs), *balance_tile(loads)]
 
 
-def _examples(best: Sequence[SegmentedImage], worst: Sequence[SegmentedImage], names: Sequence[str]) -> _Examples:
+def _examples(best: Sequence[SegmentedImage], worst: Sequence[SegmentedImage], names: Sequence[str]) -> ExamplesSection:
     colours = class_colours(len(names))
     present = sorted({int(c) for one in (*best, *worst) for part in (one.truth, one.found) for c in np.unique(part)})
     key = [Swatch("#{:02x}{:02x}{:02x}".format(*colours[c]), names[c]) for c in present if c < len(names)]
     lead = "Each row: the image, the truth, the answer. Grey counts for nothing."
-    return _Examples(lead, key, [_row(one, names) for one in best], [_row(one, names) for one in worst])
+    return ExamplesSection(lead, [_row(one, names) for one in best], [_row(one, names) for one in worst], key)
 
 
-def _row(one: SegmentedImage, names: Sequence[str]) -> _Row:
+def _row(one: SegmentedImage, names: Sequence[str]) -> PictureRow:
     parts = [
         (one.picture, "image"),
         (overlay(one.picture, one.truth, len(names)), "truth"),
@@ -127,30 +107,12 @@ def _row(one: SegmentedImage, names: Sequence[str]) -> _Row:
         small = part.copy()
         small.thumbnail((_SIDE, _SIDE))
         pictures.append(image(np.asarray(small.convert("RGB")), f"{one.name}: {what}", what, photo=True))
-    return _Row(f"{one.name} · mean IoU {100 * one.iou:.1f} %", pictures)
+    return PictureRow(f"{one.name} · mean IoU {100 * one.iou:.1f} %", pictures)
 
 
-@styled
-def _iou_figure(iou: NDArray[Any], confusion: NDArray[Any], names: Sequence[str]) -> Figure:
-    order = [int(c) for c in np.argsort(-np.nan_to_num(iou, nan=-1)) if np.isfinite(iou[c])]
-    shown = order[:15] + order[-15:] if len(order) > 30 else order
-    labels = [clip(names[c], 28) for c in shown]
-    figure, axes = panel(5.6, 0.98 + 0.175 * max(len(shown), 4), left=name_margin(labels), right=0.62)
-    truth = confusion.sum(1) / max(1, confusion.sum())
-    for row, c in enumerate(shown):
-        axes.plot([0, iou[c]], [row, row], color=GRID, linewidth=0.8)
-        axes.plot(iou[c], row, "o", color=BLUE, markersize=4, clip_on=False)
-        axes.text(1.015, row, f"{100 * truth[c]:.1f} %", transform=axes.get_yaxis_transform(), va="center", color=MUTED)
-    axes.axvline(float(np.nanmean(iou)), color=ORANGE, linewidth=1.0)
-    axes.set_yticks(range(len(shown)), labels, color=INK)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set_xlim(0, 1)
-    axes.grid(False)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_formatter(FuncFormatter(percent))
-    cut = f": the 15 best and the 15 worst of {len(order)}" if len(order) > 30 else ""
-    title(axes, f"IoU per class{cut}")
-    return figure
+def _pixel_shares(confusion: NDArray[Any]) -> list[str]:
+    """The share of the true pixels that each class has."""
+    return [f"{share:.1%}".replace("%", " %") for share in confusion.sum(1) / max(1, confusion.sum())]
 
 
 @styled
