@@ -11,8 +11,8 @@ from torch import nn
 from sparse_mlp import distributed
 from sparse_mlp.data import InputSpec
 from sparse_mlp.engine import RunFolder
-from sparse_mlp.engine.run import write_json
 from sparse_mlp.errors import UserError
+from sparse_mlp.files import write_json
 from sparse_mlp.moe.telemetry import moe_layers
 from sparse_mlp.report.capacity import CURVE, Point
 from sparse_mlp.report.cost import count_macs

@@ -34,7 +34,7 @@ R = TypeVar("R", bound=Recipe)
 class DenseJob(Job[R]):
     """A run whose model answers at every place of an image: detection, segmentation.
 
-    The recipe has `model: ModelConfig`, the backbone, and `data` with `root` and `image_size`. A subclass sets `task`,
+    The recipe has `model: ModelConfig`, the backbone, and `data` with `root`. A subclass sets `task`,
     `loaders` and `classes`, and builds its whole model, backbone included, in `build`.
     """
 
@@ -65,12 +65,17 @@ class DenseJob(Job[R]):
         return {INPUTS: {"classes": list(self.classes)}}
 
     @classmethod
-    def load(cls, run: RunFolder, checkpoint: Path | None = None) -> nn.Module:
-        """The whole model of a run in evaluation mode, with its newest weights or those of `checkpoint`."""
+    def _built(cls, run: RunFolder) -> nn.Module:
+        """The whole model of a run, without its weights."""
         recipe = cls.stored(run)
         config: ModelConfig = recipe.model  # type: ignore[attr-defined]
         check_local(config, run)
-        model = cls.build(recipe, load_classes(run), without_weights(config))
+        return cls.build(recipe, load_classes(run), without_weights(config))
+
+    @classmethod
+    def load(cls, run: RunFolder, checkpoint: Path | None = None) -> nn.Module:
+        """The whole model of a run in evaluation mode, with its newest weights or those of `checkpoint`."""
+        model = cls._built(run)
         load_weights(model, checkpoint or run.path)
         return model.eval()
 
@@ -86,11 +91,17 @@ class DenseJob(Job[R]):
         return job.task.to(device).evaluate(evaluation_batches(job.loaders), device)
 
     @classmethod
+    @abstractmethod
+    def image_side(cls, recipe: R) -> int:
+        """Side in pixels of the square image that multiply-adds are counted for."""
+
+    @classmethod
     def cost(cls, run: RunFolder) -> tuple[int | None, int | None]:
+        """Of the whole model, for a square image of `image_side`."""
         if not run.has_checkpoint():
             return None, None
-        model, size = cls.load(run), cls.stored(run).data.image_size  # type: ignore[attr-defined]
-        return count_parameters(model), count_macs(model, 3, size)[""]
+        model = cls._built(run)
+        return count_parameters(model), count_macs(model, 3, cls.image_side(cls.stored(run)))[""]
 
     @classmethod
     def export(cls, run: RunFolder, target: Path) -> str:
@@ -102,6 +113,7 @@ class DenseJob(Job[R]):
         return "\n".join(
             [
                 f"# {len(model.state_dict())} tensors, {count_parameters(model):,} parameters",
+                "import safetensors.torch",
                 "from sparse_mlp.jobs import Run",
                 f"model = Run({str(run.path)!r}).load()  # a torch.nn.Module; or, with the exported weights:",
                 f"model.load_state_dict(safetensors.torch.load_file({str(target)!r}))",

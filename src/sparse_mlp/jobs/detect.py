@@ -35,7 +35,6 @@ from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, PredictOptions, Ro
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.detectors import WITH_MASKS, Detector, DetectorName, paste_masks
 from sparse_mlp.report.boxes import draw_objects
-from sparse_mlp.report.cost import count_macs, count_parameters
 from sparse_mlp.report.detection import DetectedImage, Objects, write_detection_report
 from sparse_mlp.tasks.coco_metrics import SHOWN_SCORE
 from sparse_mlp.tasks.detect import Detect, DetectionEvaluation
@@ -221,12 +220,8 @@ class DetectJob(DenseJob[DetectRecipe]):
         return rows
 
     @classmethod
-    def cost(cls, run: RunFolder) -> tuple[int | None, int | None]:
-        """Parameters, and multiply-adds of the whole detector for a square image of the evaluation's short side."""
-        if not run.has_checkpoint():
-            return None, None
-        detector = cls.load(run)
-        return count_parameters(detector), count_macs(detector, 3, cls.stored(run).data.test_short_side)[""]
+    def image_side(cls, recipe: DetectRecipe) -> int:
+        return recipe.data.test_short_side
 
     @classmethod
     def report(cls, run: RunFolder, context: Context | None = None) -> Path:

@@ -144,6 +144,10 @@ class SegmentJob(DenseJob[SegmentRecipe]):
             auxiliary = FcnHead(maps.channels[-2], len(classes), dropout=head.dropout, norm=head.norm)
         return Segmenter(maps, decoder, auxiliary)
 
+    @classmethod
+    def image_side(cls, recipe: SegmentRecipe) -> int:
+        return recipe.data.image_size
+
     def predictions(self, evaluation: Evaluation) -> dict[str, np.ndarray]:
         found = evaluation.predictions
         return found and {**found, "files": np.array([self.data.test.pairs[int(i)].name for i in found["index"]])}
@@ -208,7 +212,7 @@ class SegmentJob(DenseJob[SegmentRecipe]):
         evaluated = read_arrays(path, ("iou", "confusion", "class_iou", "files"))
         model = cls.load(run)
         assert isinstance(model, Segmenter | SmpSegmenter)
-        macs = count_macs(model, 3, recipe.data.image_size)[""]
+        macs = count_macs(model, 3, cls.image_side(recipe))[""]
         best: list[SegmentedImage] = []
         worst: list[SegmentedImage] = []
         try:
