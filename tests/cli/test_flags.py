@@ -41,6 +41,7 @@ RECIPE_FLAGS = (
     "--train.no-compile --train.grad-checkpointing --train.no-grad-checkpointing --train.channels-last "
     "--train.no-channels-last --train.deterministic --train.no-deterministic --train.log-every "
     "--train.eval-every --train.save-every --train.keep --train.device --train.threads "
+    "--mesh.data --mesh.expert --mesh.shard --mesh.no-shard --mesh.balance "
 )
 
 

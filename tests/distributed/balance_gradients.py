@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparse_mlp import distributed
-from sparse_mlp.distributed import sync_balance
+from sparse_mlp.distributed import MeshConfig, create_mesh, parallelize
 from sparse_mlp.moe import MoeMlp, telemetry
 
 SPEC: dict[str, Any] = globals()["SPEC"]
@@ -19,11 +19,10 @@ with distributed.join("cpu") as device:
     items = torch.randn(16, 6)
     items[:8] += 2  # each half of the batch likes other experts
     mine = items.chunk(distributed.world_size())[distributed.rank()]
-    layers = sync_balance(model) if SPEC["sync"] else None
-    assert layers in (1, None)
-    wrapped = distributed.wrap(model, device)
+    balance = "global" if SPEC["sync"] else "rank"
+    wrapped = parallelize(model, create_mesh(MeshConfig(), device), balance=balance).module
     wrapped(mine).square().mean().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    balance = telemetry.collect(model)["1"].balance_loss
+    loss = telemetry.collect(model)["1"].balance_loss
     if distributed.is_main():
-        torch.save({**gradients, "balance": balance}, SPEC["out"])
+        torch.save({**gradients, "balance": loss}, SPEC["out"])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparse_mlp import distributed
-from sparse_mlp.distributed import sync_batch_norm
+from sparse_mlp.distributed import MeshConfig, create_mesh, parallelize, sync_batch_norm
 
 SPEC: dict[str, Any] = globals()["SPEC"]
 
@@ -24,7 +24,7 @@ with distributed.join("cpu") as device:
     mine, target = (whole.chunk(distributed.world_size())[distributed.rank()] for whole in (items, other))
     if SPEC["sync"]:
         assert sync_batch_norm(model) == 3
-    wrapped = distributed.wrap(model, device)
+    wrapped = parallelize(model, create_mesh(MeshConfig(), device)).module
     (wrapped(mine) - target).square().mean().backward()
     found = {f"gradient {name}": parameter.grad for name, parameter in model.named_parameters()}
     found |= {f"state {name}": value for name, value in model.state_dict().items()}

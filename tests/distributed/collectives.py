@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparse_mlp import distributed
+from sparse_mlp.distributed import MeshConfig, create_mesh, parallelize
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
 
     module = torch.nn.Linear(1, 1)
     torch.nn.init.constant_(module.weight, float(rank))
-    wrapped = distributed.wrap(module, torch.device("cpu"))
+    wrapped = parallelize(module, create_mesh(MeshConfig(), torch.device("cpu"))).module
     assert module.weight.item() == 0, "all start from rank 0's weights"
     wrapped(torch.ones(1, 1) * (rank + 1)).sum().backward()
     assert module.weight.grad.item() == 1.5

@@ -26,7 +26,9 @@ def test_a_single_process():
     assert distributed.on_main(lambda: 7) == 7
     assert torch.equal(distributed.mean(torch.ones(2)), torch.ones(2))
     module = torch.nn.Linear(1, 1)
-    assert distributed.wrap(module, torch.device("cpu")) is module
+    mesh = distributed.create_mesh(distributed.MeshConfig(), torch.device("cpu"))
+    assert distributed.parallelize(module, mesh).module is module
+    assert distributed.any_rank(True) and not distributed.any_rank(False)
     stop = distributed.AsyncMax()
     assert [stop.reduce(0), stop.reduce(2), stop.wait()] == [0, 2, 0]
 

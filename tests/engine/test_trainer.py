@@ -278,9 +278,11 @@ def test_the_balance_gradient_is_scaled_like_the_loss(amp, make_trainer, new_lin
 
     gradients = {}
     for parts in (1, 2):
-        # Twice the same points, so that a half has the balance statistics of the whole.
+        # Twice each point, so that every other one has the balance statistics of the whole.
         loaders = Loaders(
-            train=lambda **_: [{"x": torch.tensor([[1.0], [-1.0], [2.0], [0.5]]).repeat(2, 1), "y": torch.ones(8, 1)}],
+            train=lambda **_: [
+                {"x": torch.tensor([[1.0], [-1.0], [2.0], [0.5]]).repeat_interleave(2, 0), "y": torch.ones(8, 1)}
+            ],
             evaluate=lambda **_: [{"x": torch.ones(8, 1), "y": torch.ones(8, 1)}],
             batch_size=8,
             steps_per_epoch=1,

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from sparse_mlp import distributed
 from sparse_mlp.data import AugmentConfig, DataConfig, build_datasets, eval_loader, steps_per_epoch, train_loader
+from sparse_mlp.distributed import MeshConfig
 from sparse_mlp.engine import Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig, Trainer, TrainingError
 from sparse_mlp.tasks import Classify
 
@@ -27,6 +29,8 @@ class Digits(Classify):
     """Classify that before a given step sends this process a signal, spoils its weights, or fills the disk."""
 
     def before_step(self, step: int, steps: int) -> None:
+        if step in (SPEC.get("signal_at"), SPEC.get("full_at")):
+            wait_for_checkpoint()
         if distributed.rank() != SPEC.get("signal_rank", distributed.rank()):
             return
         if step == SPEC.get("signal_at"):
@@ -35,6 +39,13 @@ class Digits(Classify):
             torch.nn.init.constant_(next(self.parameters()), float("nan"))
         if step == SPEC.get("full_at"):  # from now on no file may be larger: writing fails as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (SPEC["full_bytes"], resource.RLIM_INFINITY))
+
+
+def wait_for_checkpoint() -> None:
+    """What happens next happens after the checkpoint that is being written."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def main(spec: dict[str, Any]) -> None:
@@ -60,7 +71,8 @@ def main(spec: dict[str, Any]) -> None:
         else:
             run = distributed.on_main(lambda: RunFolder.create(spec["run"], dataclasses.asdict(train)))
         task = Digits(model, class_names=data.classes)
-        trainer = Trainer(task, loaders, optim=optim, schedule=schedule, train=train, run=run, device=device)
+        mesh = MeshConfig(**spec.get("mesh", {}))
+        trainer = Trainer(task, loaders, optim=optim, schedule=schedule, train=train, run=run, mesh=mesh, device=device)
         evaluation = trainer.fit(resume=spec.get("resume", False))
         if distributed.is_main():
             np.savez(run.path / "predictions.npz", **evaluation.predictions)

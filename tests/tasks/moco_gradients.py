@@ -9,7 +9,7 @@ import torch
 
 import sparse_mlp.models  # noqa: F401 - registers the models
 from sparse_mlp import distributed
-from sparse_mlp.distributed import sync_balance
+from sparse_mlp.distributed import MeshConfig, create_mesh, parallelize
 from sparse_mlp.moe import set_balance_scale
 from sparse_mlp.tasks.moco import Moco, MocoConfig
 
@@ -25,9 +25,9 @@ with distributed.join("cpu") as device:
     batch["view1"][:4] += 1  # each half of the batch has other statistics
     ranks, rank = distributed.world_size(), distributed.rank()
     mine = {name: value.chunk(ranks)[rank] for name, value in batch.items()}
-    sync_balance(task)
     set_balance_scale(task, 1 / task.model_passes)
-    wrapped = distributed.wrap(task, device)  # its hooks live as long as it does
+    wrapped = parallelize(task, create_mesh(MeshConfig(), device)).module  # its hooks live as long as it does
+    task.before_step(0, 1)
     out = wrapped(mine)
     out["loss"].backward()
     found = {name: parameter.grad for name, parameter in task.named_parameters() if parameter.requires_grad}

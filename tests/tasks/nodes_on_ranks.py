@@ -10,6 +10,7 @@ import torch.distributed as dist
 from experiments.graphs.random_graphs import planted_graph
 from sparse_mlp import distributed
 from sparse_mlp.data.node_batches import NodeBatches
+from sparse_mlp.distributed import MeshConfig, create_mesh, parallelize
 from sparse_mlp.models.graph_mlp import GraphMlp
 from sparse_mlp.tasks.nodes import NodeClassify, NodeLossConfig
 
@@ -20,7 +21,7 @@ with distributed.join("cpu") as device:
     graph = planted_graph(400, 2000, classes=3, features=8)
     torch.manual_seed(0)
     task = NodeClassify(GraphMlp(8, 3, hidden_dim=16, drop_rate=0.0), NodeLossConfig(distill=0.5))
-    module = distributed.wrap(task, device)
+    module = parallelize(task, create_mesh(MeshConfig(), device)).module
     optimizer = torch.optim.Adam(task.param_groups(5e-3), lr=0.01)
     teacher = torch.rand(400, 3, generator=torch.Generator().manual_seed(1)).softmax(1).numpy()
     batches = NodeBatches(graph, 200, 2, 0, rank=rank, world_size=ranks, probabilities=teacher)

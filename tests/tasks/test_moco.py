@@ -57,12 +57,13 @@ def naive_mlp(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_step_is_algorithm_1():
-    """Queries with the weights before, momentum update, keys with the updated ones."""
+    """Queries, momentum update, keys with the updated weights."""
     task, batch = make("mixer_t4_32", SMALL, momentum_sched=False, momentum=0.75), views()
     for parameter in [*task.encoder.parameters(), *task.projector.parameters()]:
         if parameter.requires_grad and parameter.ndim > 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     before = copy.deepcopy(task)
+    task.before_step(0, 1)
     out = task(batch)
     momentum = {
         name: 0.75 * value + 0.25 * dict(before.encoder.named_parameters())[name]

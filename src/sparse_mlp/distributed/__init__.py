@@ -2,9 +2,12 @@
 
 from sparse_mlp.distributed.balance import sync_balance
 from sparse_mlp.distributed.batch_norm import sync_batch_norm
+from sparse_mlp.distributed.draws import draw_by_item
+from sparse_mlp.distributed.gradients import by_mesh, clip_gradients, full, gradient_norm, mesh_of, own_part
 from sparse_mlp.distributed.group import (
     AsyncMax,
     all_gather,
+    any_rank,
     broadcast,
     gather,
     is_main,
@@ -14,22 +17,35 @@ from sparse_mlp.distributed.group import (
     rank,
     resolve_device,
     world_size,
-    wrap,
 )
+from sparse_mlp.distributed.mesh import Mesh, MeshConfig, create_mesh
+from sparse_mlp.distributed.parallelize import Parallel, parallelize
 
 __all__ = [
     "AsyncMax",
+    "Mesh",
+    "MeshConfig",
+    "Parallel",
     "all_gather",
+    "any_rank",
     "broadcast",
+    "by_mesh",
+    "clip_gradients",
+    "create_mesh",
+    "draw_by_item",
+    "full",
     "gather",
+    "gradient_norm",
     "is_main",
     "join",
     "mean",
+    "mesh_of",
     "on_main",
+    "own_part",
+    "parallelize",
     "rank",
     "resolve_device",
     "sync_balance",
     "sync_batch_norm",
     "world_size",
-    "wrap",
 ]

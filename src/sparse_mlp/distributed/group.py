@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from sparse_mlp.errors import UserError
 
@@ -88,20 +87,21 @@ def join(device: str = "auto") -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module in DistributedDataParallel if there are several processes, else the module itself."""
-    if world_size() == 1:
-        return module
-    ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
-
-
 def mean(values: Tensor) -> Tensor:
     """Elementwise mean over the ranks, on every rank; collective."""
     if world_size() > 1:
         dist.all_reduce(values)
         values = values / world_size()
     return values
+
+
+def any_rank(value: bool) -> bool:
+    """Whether `value` is true on any rank; collective."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(int(value))
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def all_gather(local: Tensor) -> Tensor:
@@ -113,12 +113,12 @@ def all_gather(local: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
-def broadcast(value: T) -> T:
-    """Rank 0's value (any object that pickles) on every rank; collective."""
+def broadcast(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's value (any object that pickles) on every rank; collective. `group`: another one of all ranks."""
     if world_size() == 1:
         return value
     objects = [value]
-    dist.broadcast_object_list(objects, src=0)
+    dist.broadcast_object_list(objects, src=0, group=group)
     return objects[0]
 
 
@@ -131,7 +131,7 @@ def gather(value: T) -> list[T] | None:
     return objects
 
 
-def on_main(function: Callable[[], T]) -> T:
+def on_main(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Call `function` on rank 0 only; every rank returns its value or raises its exception; collective."""
     if world_size() == 1:
         return function()
@@ -141,7 +141,7 @@ def on_main(function: Callable[[], T]) -> T:
             result = (function(), None)
         except Exception as error:  # raised on all ranks: the others would wait forever
             result = (None, error)
-    value, raised = broadcast(result)
+    value, raised = broadcast(result, group)
     if raised is not None:
         raise raised
     return value  # type: ignore[return-value]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,12 +27,24 @@ def move_to_device(value: Any, device: torch.device, memory_format: torch.memory
 
 
 def split_microbatches(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
-    """`parts` micro-batches in order, each with its share of the items."""
+    """`parts` micro-batches, each with its share of the items: every `parts`-th item, from the first, the second, ...
+
+    So that the micro-batches of all ranks together are those of one process that has the whole batch.
+    """
     if parts == 1:
         return [(batch, 1.0)]
     size = len(next(iter(batch.values())))
-    edges = [size * part // parts for part in range(parts + 1)]
-    return [({name: entry[a:b] for name, entry in batch.items()}, (b - a) / size) for a, b in pairwise(edges)]
+    return [
+        ({name: entry[part::parts] for name, entry in batch.items()}, len(range(part, size, parts)) / size)
+        for part in range(parts)
+    ]
+
+
+def without_items(batch: Batch) -> Batch:
+    """A batch of the same entries with no item. Images of different sizes, a list, stay: a model needs one."""
+    if isinstance(batch.get("image"), list):
+        return batch
+    return {name: entry[:0] for name, entry in batch.items()}
 
 
 def seed_torch(device: torch.device, *key: int) -> None:

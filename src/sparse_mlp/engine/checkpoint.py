@@ -14,19 +14,19 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from sparse_mlp.distributed import is_main, on_main
+from sparse_mlp.distributed import is_main, on_main, own_part
+from sparse_mlp.engine.consolidate import consolidate, quietly
 from sparse_mlp.engine.errors import CheckpointError
 from sparse_mlp.errors import UserError
 from sparse_mlp.weights import CheckpointMismatch, check_fit
@@ -58,32 +58,35 @@ def save_checkpoint(
     folder: Path,
     step: int,
     tensors: Mapping[str, Tensor],
-    weights: Mapping[str, Mapping[str, Tensor]],
+    weights: Mapping[str, Mapping[str, str]],
     state: Mapping[str, Any],
     keep: int,
+    group: ProcessGroup | None = None,
 ) -> Path:
     """Write a checkpoint and delete all but the newest `keep`; collective. Returns its folder.
 
-    `tensors` are for `load_tensors`, `weights` maps file names to exported tensors, `state` is stored as JSON. Raises
-    CheckpointError if anything cannot be written; older checkpoints then stay as they are.
+    `tensors` are for `load_tensors`; `weights` maps names of files to what they export, names of tensors in the file ->
+    in `tensors`; `state` is stored as JSON. `group`: of all ranks, the default one if left out. Raises CheckpointError
+    if anything cannot be written; older checkpoints then stay as they are.
     """
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp"
     try:
-        on_main(lambda: _create_empty(temporary))
-        _in_any_process_count(
+        on_main(lambda: _create_empty(temporary), group)
+        quietly(
             dcp.save,
             _without_shared_storage(tensors),
             storage_writer=HuggingFaceStorageWriter(str(temporary / "state"), save_distributed=True),
+            process_group=group,
         )
-        on_main(lambda: _finalize(temporary, final, weights, state))
+        on_main(lambda: _finalize(temporary, final, weights, state), group)
     except (Exception, CheckpointException) as error:
         if is_main():
             shutil.rmtree(temporary, ignore_errors=True)
         last = last_checkpoint(folder)
         previous = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise CheckpointError(f"could not save {final}: {_reason(error)}; {previous}") from error
-    on_main(lambda: _prune(folder, keep))
+    on_main(lambda: _prune(folder, keep), group)
     return final
 
 
@@ -131,7 +134,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     except CheckpointMismatch as error:
         raise CheckpointError(str(error)) from None
     try:
-        _in_any_process_count(dcp.load, tensors, storage_reader=reader)
+        quietly(dcp.load, tensors, storage_reader=reader)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
 
@@ -148,12 +151,9 @@ def _create_empty(temporary: Path) -> None:
     (temporary / "state").mkdir(parents=True)
 
 
-def _finalize(
-    temporary: Path, final: Path, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-) -> None:
-    for name, named in weights.items():
-        exported = {key: tensor.detach().cpu() for key, tensor in named.items()}
-        save_file(_without_shared_storage(exported), temporary / name, metadata={"format": "pt"})
+def _finalize(temporary: Path, final: Path, weights: Mapping[str, Mapping[str, str]], state: Mapping[str, Any]) -> None:
+    for name, exported in weights.items():
+        consolidate(temporary / "state", exported, temporary / name)
     paths = sorted(path for path in temporary.rglob("*") if path.is_file())
     files = {str(path.relative_to(temporary)): [path.stat().st_size, _checksum(path)] for path in paths}
     record = {"format": _FORMAT, "state": state, "files": files, "checksum": _checksum_json(state, files)}
@@ -172,7 +172,7 @@ def _without_shared_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {}
     for name, tensor in tensors.items():
         tensor = tensor.contiguous()
-        address = tensor.untyped_storage().data_ptr()
+        address = own_part(tensor).untyped_storage().data_ptr()
         result[name] = tensor.clone() if address in seen else tensor
         seen.add(address)
     return result
@@ -203,13 +203,6 @@ def _checksum(path: Path) -> str:
 
 def _checksum_json(state: Mapping[str, Any], files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([state, files], sort_keys=True).encode()).hexdigest()
-
-
-def _in_any_process_count(function: Any, *arguments: Any, **options: Any) -> None:
-    # Without a process group torch warns that it assumes a single process, which is the case.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        function(*arguments, **options)
 
 
 def _reason(error: BaseException) -> str:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from sparse_mlp.distributed import rank, sync_balance, world_size, wrap
+from sparse_mlp.distributed import (
+    MeshConfig,
+    Parallel,
+    broadcast,
+    clip_gradients,
+    create_mesh,
+    full,
+    gather,
+    gradient_norm,
+    own_part,
+    parallelize,
+)
 from sparse_mlp.engine.batch import move_to_device, seed_torch, split_microbatches
 from sparse_mlp.engine.checkpoint import join_tensors, split_tensors
 from sparse_mlp.engine.config import OptimConfig, TrainConfig
@@ -19,6 +28,7 @@ from sparse_mlp.engine.optim import create_optimizer
 from sparse_mlp.engine.task import Batch, Task
 from sparse_mlp.errors import UserError
 from sparse_mlp.moe import set_balance_scale
+from sparse_mlp.moe.telemetry import moe_layers
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,23 +36,39 @@ _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Learner:
     """A task on its device with optimiser, loss scaling and moving average."""
 
-    def __init__(self, task: Task, optim: OptimConfig, train: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        task: Task,
+        optim: OptimConfig,
+        train: TrainConfig,
+        device: torch.device,
+        mesh: MeshConfig | None = None,
+    ) -> None:
+        mesh = mesh or MeshConfig()
         self.train, self.device = train, device
+        self.mesh = create_mesh(mesh, device)
+        if self.mesh.is_split and train.amp == "fp16":
+            raise UserError("train.amp fp16 scales each process's loss apart; with mesh.expert or mesh.shard use bf16")
         self.memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
         self.task = task.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
         if train.grad_checkpointing:
             _checkpoint_activations(task.backbone())
         if train.compile:
             task.backbone().compile()
-        self._moe_layers = sync_balance(task)
-        self.module = wrap(task, device)
+        self.ema: ModelEmaV3 | None = None
+        if train.ema_decay is not None:  # copied before the weights are split
+            plain = not self.mesh.is_split  # torch's operations on lists take plain tensors or split ones, not both
+            self.ema = ModelEmaV3(self.task, decay=train.ema_decay, use_warmup=train.ema_warmup, foreach=plain)
+            self._parallelize(self.ema.module.requires_grad_(False), mesh)
+        self._moe_layers = len(moe_layers(task))
+        self.parallel = self._parallelize(self.task, mesh)
         self.optimizer = create_optimizer(self.task, optim)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.amp == "fp16")
-        self.ema: ModelEmaV3 | None = None
-        if train.ema_decay is not None:
-            self.ema = ModelEmaV3(self.task, decay=train.ema_decay, use_warmup=train.ema_warmup)
         self._balance_scale: float | None = None
+
+    def _parallelize(self, task: Task, config: MeshConfig) -> Parallel:
+        return parallelize(task, self.mesh, balance=config.balance, forwards=["evaluate"])
 
     def update(self, batch: Batch, step: int, steps: int, *, measure: bool) -> dict[str, Tensor]:
         """Update the weights from this rank's share of the global batch of `step`.
@@ -55,17 +81,18 @@ class Learner:
         values: dict[str, Tensor] = {}
         microbatches = split_microbatches(batch, self.train.grad_accum)
         for number, (microbatch, share) in enumerate(microbatches):
-            seed_torch(self.device, self.train.seed, step, rank(), number)
+            seed_torch(self.device, self.train.seed, step, number)
             for name, value in self._accumulate(microbatch, share, last=number == len(microbatches) - 1).items():
                 values[name] = values[name] + value if name in values else value
+        self.parallel.finish()
         if self.train.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            values["grad_norm"] = clip_grad_norm_(self.parameters, self.train.clip_grad)
+            values["grad_norm"] = clip_gradients(self.parameters, self.train.clip_grad)
         elif measure:
             self.scaler.unscale_(self.optimizer)
-            values["grad_norm"] = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            values["grad_norm"] = gradient_norm(self.parameters)
         if measure:
-            values |= self.task.gradient_metrics()
+            values |= {name: full(value) for name, value in self.task.gradient_metrics().items()}
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -77,10 +104,9 @@ class Learner:
         """Add the gradient of a micro-batch with `share` of the items; the last one reduces them over the ranks."""
         if self._moe_layers:  # the balance loss is not part of the loss that is scaled below
             self._scale_balance(self.scaler.get_scale() * share / self.task.model_passes)
-        sync = contextlib.nullcontext() if last or world_size() == 1 else self.module.no_sync()  # type: ignore[operator]
-        with sync:
+        with self.parallel.reducing(last):
             with torch.autocast(self.device.type, _AMP.get(self.train.amp or ""), enabled=self.train.amp is not None):
-                values = self.module(microbatch)
+                values = self.parallel.module(microbatch)
             self.scaler.scale(values["loss"] * share).backward()
         return {name: value.detach().float() * share for name, value in values.items()}
 
@@ -100,23 +126,36 @@ class Learner:
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Restore the state of a checkpoint; `tensors` are those of `state`, with the stored values already in them."""
         optimizer = join_tensors(numbers["optimizer"], tensors)
+        optimizer["param_groups"] = self._regroup(optimizer["param_groups"])
         set_optimizer_state_dict(self.task, self.optimizer, optim_state_dict=optimizer)
         self.scaler.load_state_dict(numbers["scaler"])
         self._balance_scale = None
 
+    def _regroup(self, stored: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Stored options in the groups of this optimiser, which on another mesh are other parts of the same groups."""
+        options = {name: group for group in stored for name in group["params"]}
+        own = get_optimizer_state_dict(self.task, self.optimizer)["param_groups"]
+        return [{**options[group["params"][0]], "params": group["params"]} for group in own]  # type: ignore[index]
+
     def not_finite(self) -> str | None:
-        """Name of a weight, or averaged weight, that holds NaN or infinity; synchronises with the device."""
-        named = list(self.task.named_parameters())
+        """Name of a weight, or averaged weight, that holds NaN or infinity. Collective; waits for the device."""
+        named: list[tuple[str, Tensor]] = list(self.task.named_parameters())
         if self.ema is not None:
             named += [(f"the average of {name}", tensor) for name, tensor in self.ema.module.named_parameters()]
-        finite = torch.stack([tensor.isfinite().all() for _, tensor in named])
-        return None if finite.all() else named[int(finite.int().argmin())][0]
+        finite = torch.stack([own_part(tensor).isfinite().all() for _, tensor in named])
+        found = None if finite.all() else named[int(finite.int().argmin())][0]
+        if not self.mesh.is_split:
+            return found
+        return next((name for name in broadcast(gather(found)) or () if name is not None), None)
 
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """File names and tensors of the bare model, for use outside training."""
-        files = {"model.safetensors": self.task.backbone().state_dict()}
+    def weights(self) -> dict[str, dict[str, str]]:
+        """Files of the bare model, for use outside training: names of tensors in the file -> in `state`."""
+        backbone = self.task.backbone()
+        prefix = next(f"{name}." for name, module in self.task.named_modules() if module is backbone)
+        names = list(backbone.state_dict())
+        files = {"model.safetensors": {name: f"task.{prefix}{name}" for name in names}}
         if self.ema is not None:
-            files["model_ema.safetensors"] = self.ema.module.backbone().state_dict()
+            files["model_ema.safetensors"] = {name: f"ema.{prefix}{name}" for name in names}
         return files
 
 

@@ -10,6 +10,7 @@ import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
+from sparse_mlp.distributed import by_mesh
 from sparse_mlp.engine.config import OptimConfig, ScheduleConfig
 from sparse_mlp.engine.task import Task
 from sparse_mlp.errors import UserError
@@ -25,6 +26,8 @@ def create_optimizer(task: Task, config: OptimConfig) -> torch.optim.Optimizer:
             f"{type(task).__name__}.param_groups holds {len(grouped)} parameters ({len(set(grouped))} distinct); "
             f"the task has {len(trainable)} to train"
         )
+    # one operation of a fused optimiser takes the weights of one mesh
+    groups = [{**group, "params": part} for group in groups for part in by_mesh(group["params"])]
     options: dict[str, Any] = {name: getattr(config, name) for name in ("betas", "eps", "momentum")}
     options = {name: value for name, value in options.items() if value is not None}
     kind = timm.optim.get_optimizer_class(config.opt, bind_defaults=False)

@@ -50,7 +50,8 @@ class Task(nn.Module):
     """A module that turns a batch into a loss.
 
     Everything that has to be in a checkpoint is a parameter or a buffer. Randomness comes from torch's generators only:
-    the engine seeds them before every forward from (seed, step, rank, micro-step).
+    the engine seeds them before every forward from (seed, step, micro-step), on all ranks alike;
+    drop path, dropout and routers then draw by item (see `distributed.draws`).
     """
 
     model_passes: int = 1

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from sparse_mlp import distributed
-from sparse_mlp.distributed import is_main, rank, world_size
+from sparse_mlp.distributed import MeshConfig, is_main, rank, world_size
 from sparse_mlp.engine import checkpoint
-from sparse_mlp.engine.batch import check_batch_size
+from sparse_mlp.engine.batch import check_batch_size, without_items
 from sparse_mlp.engine.clock import Clock
 from sparse_mlp.engine.config import OptimConfig, ScheduleConfig, TrainConfig, check_configs
 from sparse_mlp.engine.errors import NonFiniteError, TrainingStopped
@@ -29,6 +29,7 @@ from sparse_mlp.engine.optim import create_schedule
 from sparse_mlp.engine.progress import ProgressBar
 from sparse_mlp.engine.resume import check_settings, flat_settings
 from sparse_mlp.engine.run import RunFolder, environment
+from sparse_mlp.engine.saving import Saver
 from sparse_mlp.engine.stop import StopRequest
 from sparse_mlp.engine.task import Batch, Evaluation, Loaders, Task
 from sparse_mlp.engine.torch_settings import torch_settings
@@ -52,6 +53,7 @@ class Trainer:
         schedule: ScheduleConfig,
         train: TrainConfig,
         run: RunFolder,
+        mesh: MeshConfig | None = None,
         device: torch.device | None = None,
     ) -> None:
         """UserError for configurations that are not allowed, or whose options would be ignored."""
@@ -60,7 +62,8 @@ class Trainer:
             check_batch_size(loaders.batch_size, train.grad_accum)
         self.loaders, self.run = loaders, run
         self.optim, self.schedule, self.train = optim, schedule, train
-        self.learner = Learner(task, optim, train, device or distributed.resolve_device(train.device))
+        device = device or distributed.resolve_device(train.device)
+        self.learner = Learner(task, optim, train, device, mesh)
         self.length = create_length(train, schedule, loaders.steps_per_epoch)
         self.step = 0  # updates made
         self.saved = 0  # step of the newest checkpoint
@@ -89,6 +92,8 @@ class Trainer:
             bar = ProgressBar(steps_per_epoch=self.loaders.steps_per_epoch, items=items, show=show and is_main())
             self.bar = stack.enter_context(bar)
             distributed.on_main(lambda: self._open_log(stack))
+            self.saver = Saver(self.run.checkpoints, self.train.keep)
+            stack.callback(self.saver.close)
             self._announce(resume)
             return self._loop()
 
@@ -129,10 +134,12 @@ class Trainer:
             if stopping or self._due(self.train.save_every, self.step):
                 self._save()
             if stopping:
+                self._saved()
                 raise self._stopped(stopping)
             if self._due(self.train.eval_every, self.step):
                 evaluation = self._evaluate()
         assert evaluation is not None, "the last step is always evaluated"
+        self._saved()
         self._event("finished", steps=self.step, seconds=self.seconds)
         if self.train.minutes is not None:
             self.bar.print(f"{self.train.minutes:g} minutes of training: {self.step} steps")
@@ -247,6 +254,7 @@ class Trainer:
                 results = {averaged: self._evaluate_one(task) for averaged, task in tasks.items()}
             except _Interrupted:
                 self._save()
+                self._saved()
                 raise self._stopped(self.stop.received) from None
             for averaged, result in results.items():
                 if write:
@@ -256,7 +264,21 @@ class Trainer:
 
     def _evaluate_one(self, task: Task) -> Evaluation:
         loader = self.loaders.evaluate(rank=rank(), world_size=world_size())
+        if self.learner.mesh.is_split:
+            loader = self._as_many_on_each_rank(loader)
         return task.evaluate(self._interruptible(loader), self.learner.device)
+
+    def _as_many_on_each_rank(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, and then some without items until every rank has had its own: a forward needs all ranks."""
+        batches, last = iter(loader), None
+        while True:
+            batch = next(batches, None)
+            if not distributed.any_rank(batch is not None):
+                return
+            if batch is None:
+                batch = without_items(last or next(iter(self.loaders.evaluate(rank=0, world_size=1))))
+            last = batch
+            yield batch
 
     def _evaluate_if_missed(self) -> Evaluation | None:
         """On resume: the evaluation due at the checkpoint if it is missing; in a finished run always the last one."""
@@ -272,11 +294,12 @@ class Trainer:
             yield batch
 
     def _save(self) -> None:
-        """Write a checkpoint unless this step has one. Weights that are not finite are never saved."""
+        """Begin to write a checkpoint unless this step has one. Weights that are not finite are never saved."""
         if self.step == self.saved:
             return
         with self.clock.paused():
             self.bar.status("saving")
+            self._saved()
             self._check_losses()
             bad = self.learner.not_finite()
             if bad is not None:
@@ -293,10 +316,13 @@ class Trainer:
                 "meter": self.meter.steps,
                 "clock": self.clock.state(),
             }
-            path = checkpoint.save_checkpoint(
-                self.run.checkpoints, self.step, tensors, self.learner.weights(), state, self.train.keep
-            )
+            self.saver.start(self.step, tensors, self.learner.weights(), state)
             self.saved = self.step
+
+    def _saved(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        path = self.saver.wait()
+        if path is not None:
             self._event("saved", checkpoint=path.name)
 
     def _stopped(self, signum: int) -> TrainingStopped:
@@ -313,6 +339,7 @@ class Trainer:
 
     def _not_finite(self, what: str) -> NonFiniteError:
         self._event("stopped", reason=what)
+        self.saver.close()
         last = checkpoint.last_checkpoint(self.run.checkpoints)
         previous = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         return NonFiniteError(f"{what}; {previous}; a lower optim.lr, more warm-up or train.clip_grad may help")

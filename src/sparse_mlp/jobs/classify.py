@@ -25,6 +25,7 @@ from sparse_mlp.data import (
     read_image,
 )
 from sparse_mlp.data.sets import ignored_options
+from sparse_mlp.distributed import MeshConfig
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import deploy
@@ -69,6 +70,7 @@ class ClassifyRecipe(Recipe):
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 @dataclass(frozen=True)

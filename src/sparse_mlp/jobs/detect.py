@@ -26,6 +26,7 @@ from sparse_mlp.data import (
 from sparse_mlp.data.coco import CocoConfig, CocoData, open_coco
 from sparse_mlp.data.coco_annotations import decode_mask
 from sparse_mlp.data.coco_transforms import fitted_size, to_tensor, turn_boxes, turn_masks
+from sparse_mlp.distributed import MeshConfig
 from sparse_mlp.engine import Evaluation, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json, write_json
@@ -84,6 +85,7 @@ class DetectRecipe(Recipe):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=12))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,9 @@ class Job(ABC, Generic[R]):
     predict_options_type: ClassVar[type[PredictOptions]] = PredictOptions
     report_options_type: ClassVar[type[ReportOptions]] = ReportOptions
 
-    free: ClassVar[frozenset[str]] = frozenset(f"train.{name}" for name in FREE_ON_RESUME)
+    free: ClassVar[frozenset[str]] = frozenset(
+        {*(f"train.{name}" for name in FREE_ON_RESUME), "mesh.data", "mesh.expert", "mesh.shard"}
+    )
     """Fields that the weights do not depend on, as dotted names: they may change when a run is resumed."""
 
     scores: ClassVar[tuple[str, ...]] = ()
@@ -138,7 +140,8 @@ class Job(ABC, Generic[R]):
     def prepare(self, run: RunFolder, device: torch.device) -> None:
         """Create the trainer, before the run's folder is written. UserError if the recipe cannot be trained here."""
         parts: dict[str, Any] = {name: getattr(self.recipe, name) for name in ("optim", "schedule", "train")}
-        self.trainer = Trainer(self.task, self.loaders, **parts, run=run, device=device)
+        mesh = getattr(self.recipe, "mesh", None)
+        self.trainer = Trainer(self.task, self.loaders, **parts, run=run, mesh=mesh, device=device)
         # Raises here, rather than in the first step, if the batch does not divide over the ranks.
         self.loaders.train(start_step=0, steps=0, rank=distributed.rank(), world_size=distributed.world_size())
 

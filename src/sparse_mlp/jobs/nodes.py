@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_mlp import distributed
+from sparse_mlp.distributed import MeshConfig
 from sparse_mlp.engine import Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json, write_npz
@@ -90,6 +91,7 @@ class NodesRecipe(Recipe):
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=400, log_every=10, eval_every=10, save_every=100)
     )
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 class NodesJob(Job[NodesRecipe]):

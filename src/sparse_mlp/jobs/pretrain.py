@@ -26,6 +26,7 @@ from sparse_mlp.data import (
     steps_per_epoch,
     view_loader,
 )
+from sparse_mlp.distributed import MeshConfig
 from sparse_mlp.engine import Batch, Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.classify import predict_pictures
@@ -59,6 +60,7 @@ class PretrainRecipe(Recipe):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-4, weight_decay=0.1))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup_epochs=40))
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=300))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 class PretrainJob(ImageJob[PretrainRecipe]):

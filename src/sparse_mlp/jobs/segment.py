@@ -21,6 +21,7 @@ from sparse_mlp.data.segmentation import (
     to_tensor,
 )
 from sparse_mlp.data.segmentation_config import SegmentationConfig
+from sparse_mlp.distributed import MeshConfig
 from sparse_mlp.engine import Evaluation, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.dense import DenseJob, build_backbone, build_feature_maps, load_classes, picture_names
@@ -74,6 +75,7 @@ class SegmentRecipe(Recipe):
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=50))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_mlp.distributed import all_gather, broadcast, rank, sync_batch_norm, world_size
+from sparse_mlp.distributed import all_gather, broadcast, by_mesh, rank, sync_batch_norm, world_size
 from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.features import evaluating, pooled_features
@@ -123,8 +123,13 @@ class Moco(Task):
         return self
 
     def before_step(self, step: int, steps: int) -> None:
+        """Move the momentum encoder towards the online one, once a step. No forward of it comes in between.
+
+        Not within `forward`, where weights that are split over ranks may be whole copies, whose changes are lost.
+        """
         if self.config.momentum_sched:
             self.momentum = momentum_at(step, steps, self.config.momentum)
+        self._update_momentum_encoder()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss`; `contrast_acc` (how often the other view is the nearest key), `feature_std` and `momentum`."""
@@ -134,7 +139,6 @@ class Moco(Task):
         features = [self.encoder(view) for view in views]
         queries = [self.predictor(self.projector(feature)) for feature in features]
         with torch.no_grad():
-            self._update_momentum_encoder()
             keys = [self.momentum_projector(self.momentum_encoder(view)) for view in views]
         loss1, accuracy1 = contrast(queries[0], keys[1], self.config.temperature)
         loss2, accuracy2 = contrast(queries[1], keys[0], self.config.temperature)
@@ -150,7 +154,8 @@ class Moco(Task):
         """Move the momentum encoder's parameters towards the online ones; its buffers are its own."""
         momentum = [*self.momentum_encoder.parameters(), *self.momentum_projector.parameters()]
         online = [*self.encoder.parameters(), *self.projector.parameters()]
-        torch._foreach_lerp_(list[Tensor](momentum), list[Tensor](online), 1 - self.momentum)
+        for old, new in zip(by_mesh(momentum), by_mesh(online), strict=True):
+            torch._foreach_lerp_(old, new, 1 - self.momentum)
 
     def backbone(self) -> nn.Module:
         return self.encoder

@@ -1,0 +1,72 @@
+"""Random numbers of the items, not of the ranks: a model draws the same ones for an image on any number of ranks.
+
+All ranks seed their generators alike. What a layer draws for its items it draws for those of all ranks, and keeps the
+rows of its own: the ranks' batches, one after the other, are the batch that one process would have. On CPUs the numbers
+are those of one process to the bit; on GPUs dropout alone draws others.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+
+from sparse_mlp.distributed.group import rank, world_size
+from sparse_mlp.moe.router import NoisyTopKRouter
+
+LAYERS = (DropPath, _DropoutNd, NoisyTopKRouter)
+
+
+def draw_by_item(model: nn.Module) -> int:
+    """Let every drop path, dropout and noisy router of `model` draw by item; returns how many there are.
+
+    They take tensors whose first dimension goes along the items of the rank, as many on each rank.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    for layer in layers if world_size() > 1 else ():
+        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _forward(layer: nn.Module, x: Tensor) -> Any:
+    forward = type(layer).forward
+    if not layer.training:
+        return forward(layer, x)
+    with _OwnRows():
+        return forward(layer, x)
+
+
+class _OwnRows(TorchFunctionMode):
+    """Inside its block random tensors are this rank's rows of those of all ranks."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn_like:
+            return own_rows(args[0], lambda everyone: everyone.normal_())
+        if func is Tensor.bernoulli_:
+            return args[0].copy_(own_rows(args[0], lambda everyone: everyone.bernoulli_(*args[1:], **kwargs)))
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0:
+        return input
+    if p == 1:
+        kept = torch.zeros_like(input)
+    else:
+        kept = own_rows(input, lambda everyone: everyone.bernoulli_(1 - p).div_(1 - p))
+    return input.mul_(kept) if inplace else input * kept
+
+
+def own_rows(like: Tensor, draw: Any) -> Tensor:
+    """This rank's rows of a tensor that `draw` fills for those of all ranks, each having as many as `like` (n, ...)."""
+    everyone = draw(like.new_empty(world_size() * like.shape[0], *like.shape[1:]))
+    return everyone.unflatten(0, (world_size(), like.shape[0]))[rank()]

@@ -1,0 +1,76 @@
+"""One safetensors file from a checkpoint of any number of ranks, without holding all of it in memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+BUFFER = 256 * 2**20
+"""Bytes that are read at a time; a larger tensor is read alone."""
+
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def consolidate(state: Path, names: Mapping[str, str], target: Path, buffer: int = BUFFER) -> None:
+    """Write the tensors of a folder of shards as one safetensors file; `names` are those in the file -> in the folder.
+
+    Reads at most `buffer` bytes at a time, or one tensor. KeyError for a name that the folder does not have.
+    """
+    reader = HuggingFaceStorageReader(str(state))
+    stored: Any = reader.read_metadata().state_dict_metadata
+    sizes = {name: (stored[source].properties.dtype, tuple(stored[source].size)) for name, source in names.items()}
+    ordered = sorted(sizes, key=lambda name: (-sizes[name][0].itemsize, name))  # as safetensors does: aligned
+    with target.open("wb") as file:
+        _write_header(file, {name: sizes[name] for name in ordered})
+        lengths = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in sizes.items()}
+        for part in _parts(ordered, lengths, buffer):
+            tensors = {names[name]: torch.empty(sizes[name][1], dtype=sizes[name][0]) for name in part}
+            quietly(dcp.load, dict(tensors), storage_reader=HuggingFaceStorageReader(str(state)), no_dist=True)
+            for name in part:
+                file.write(_bytes(tensors[names[name]]))
+
+
+def quietly(function: Any, *arguments: Any, **options: Any) -> None:
+    """Call a function of torch.distributed.checkpoint, which warns that it takes one process for all there is."""
+    # for good: a filter set for a while would race with the other threads
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    function(*arguments, **options)
+
+
+def _write_header(file: BinaryIO, sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in sizes.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def _parts(names: list[str], sizes: Mapping[str, int], buffer: int) -> Iterator[list[str]]:
+    part: list[str] = []
+    for name in names:
+        if part and sum(sizes[other] for other in part) + sizes[name] > buffer:
+            yield part
+            part = []
+        part.append(name)
+    if part:
+        yield part
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
