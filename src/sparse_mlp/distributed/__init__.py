@@ -6,6 +6,7 @@ from sparse_mlp.distributed.draws import draw_by_item
 from sparse_mlp.distributed.gradients import by_mesh, clip_gradients, full, gradient_norm, mesh_of, own_part
 from sparse_mlp.distributed.group import (
     AsyncMax,
+    RankLostError,
     all_gather,
     any_rank,
     broadcast,
@@ -16,16 +17,20 @@ from sparse_mlp.distributed.group import (
     on_main,
     rank,
     resolve_device,
+    restarts,
     world_size,
 )
 from sparse_mlp.distributed.mesh import Mesh, MeshConfig, create_mesh
 from sparse_mlp.distributed.parallelize import Parallel, parallelize
+from sparse_mlp.distributed.together import Together
 
 __all__ = [
     "AsyncMax",
     "Mesh",
     "MeshConfig",
     "Parallel",
+    "RankLostError",
+    "Together",
     "all_gather",
     "any_rank",
     "broadcast",
@@ -45,6 +50,7 @@ __all__ = [
     "parallelize",
     "rank",
     "resolve_device",
+    "restarts",
     "sync_balance",
     "sync_batch_norm",
     "world_size",

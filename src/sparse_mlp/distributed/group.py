@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +19,19 @@ from sparse_mlp.errors import UserError
 
 T = TypeVar("T")
 
+JOIN_SECONDS = "SPARSE_MLP_JOIN_SECONDS"
+"""Environment variable: how long a process waits for the others when a run begins."""
+
+_CONNECTION_ERRORS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+
 _DEVICES = "auto, cpu, cuda, cuda:0, cuda:1, ..."
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RankLostError(RuntimeError):
+    """A process of the group has ended, or never came. The message is one line."""
+
+    exit_code = 1
 
 
 def rank() -> int:
@@ -80,11 +92,53 @@ def join(device: str = "auto") -> Iterator[torch.device]:
     if target.type == "cuda":
         torch.cuda.set_device(target)
     # Objects and flags are on the CPU and need gloo; gradients on GPUs need nccl.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
     try:
+        dist.init_process_group(backend, store=_meet(), rank=int(os.environ["RANK"]), world_size=int(size))
         yield target
+    except RuntimeError as error:
+        if (lost := _lost_rank(error)) is None:
+            raise
+        raise lost from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _meet() -> dist.Store:
+    """The store of the processes, when all of them have come. RankLostError if some do not, that names them."""
+    seconds = float(os.environ.get(JOIN_SECONDS, "600"))
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        store.set(f"here/{rank}", "")
+        here = [f"here/{other}" for other in range(size)]
+        try:
+            store.wait(here, timedelta(seconds=seconds))
+        except dist.DistStoreError:
+            missing = [str(other) for other, key in enumerate(here) if not store.check([key])]
+            raise RankLostError(
+                f"rank {', '.join(missing)} of {size} did not come within {seconds:g} seconds ({JOIN_SECONDS})"
+            ) from None
+        return store
+    except dist.DistStoreError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLostError(f"rank 0 was not at {where} within {seconds:g} seconds ({JOIN_SECONDS})") from error
+
+
+def _lost_rank(error: RuntimeError) -> RankLostError | None:
+    """What an error of the communication means for the user; None for any other error."""
+    text = str(error)
+    if not isinstance(error, dist.DistError) and not any(part in text for part in _CONNECTION_ERRORS):
+        return None
+    return RankLostError(
+        f"rank {os.environ['RANK']} lost another process, which has ended or cannot be reached; what was saved stays, "
+        "and the run can be resumed"
+    )
+
+
+def restarts() -> int:
+    """How often torchrun has started the processes of this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def mean(values: Tensor) -> Tensor:

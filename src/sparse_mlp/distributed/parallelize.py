@@ -92,6 +92,7 @@ def _shard_experts(module: nn.Module, mesh: Mesh) -> set[nn.Parameter]:
         )
         assert isinstance(experts, FSDPModule)
         experts.set_gradient_divide_factor(mesh.size)
+        experts.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies before
         sharded |= set(experts.parameters())
     return sharded
 

@@ -40,13 +40,6 @@ def split_microbatches(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
     ]
 
 
-def without_items(batch: Batch) -> Batch:
-    """A batch of the same entries with no item. Images of different sizes, a list, stay: a model needs one."""
-    if isinstance(batch.get("image"), list):
-        return batch
-    return {name: entry[:0] for name, entry in batch.items()}
-
-
 def seed_torch(device: torch.device, *key: int) -> None:
     """Seed torch's generators of the CPU and of `device` from integers.
 

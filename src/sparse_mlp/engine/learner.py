@@ -25,7 +25,7 @@ from sparse_mlp.engine.batch import move_to_device, seed_torch, split_microbatch
 from sparse_mlp.engine.checkpoint import join_tensors, split_tensors
 from sparse_mlp.engine.config import OptimConfig, TrainConfig
 from sparse_mlp.engine.optim import create_optimizer
-from sparse_mlp.engine.task import Batch, Task
+from sparse_mlp.engine.task import Batch, Task, name_of
 from sparse_mlp.errors import UserError
 from sparse_mlp.moe import set_balance_scale
 from sparse_mlp.moe.telemetry import moe_layers
@@ -151,8 +151,7 @@ class Learner:
     def weights(self) -> dict[str, dict[str, str]]:
         """Files of the bare model, for use outside training: names of tensors in the file -> in `state`."""
         backbone = self.task.backbone()
-        prefix = next(f"{name}." for name, module in self.task.named_modules() if module is backbone)
-        names = list(backbone.state_dict())
+        prefix, names = f"{name_of(backbone, self.task)}.", list(backbone.state_dict())
         files = {"model.safetensors": {name: f"task.{prefix}{name}" for name in names}}
         if self.ema is not None:
             files["model_ema.safetensors"] = {name: f"ema.{prefix}{name}" for name in names}

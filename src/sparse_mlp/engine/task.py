@@ -89,3 +89,13 @@ class Task(nn.Module):
     def gradient_metrics(self) -> dict[str, Tensor]:
         """Scalars to log of the gradients (averaged over ranks, loss scale removed), for updates that are logged."""
         return {}
+
+
+def name_of(backbone: nn.Module, task: Task) -> str:
+    """The dotted name of a task's backbone."""
+    return next(name for name, module in task.named_modules() if module is backbone)
+
+
+def called_module(task: Task) -> nn.Module:
+    """The part of a task that holds its backbone, with what an evaluation needs besides, such as a detector's heads."""
+    return task.get_submodule(name_of(task.backbone(), task).partition(".")[0])

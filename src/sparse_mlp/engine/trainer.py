@@ -18,7 +18,7 @@ import torch
 from sparse_mlp import distributed
 from sparse_mlp.distributed import MeshConfig, is_main, rank, world_size
 from sparse_mlp.engine import checkpoint
-from sparse_mlp.engine.batch import check_batch_size, without_items
+from sparse_mlp.engine.batch import check_batch_size
 from sparse_mlp.engine.clock import Clock
 from sparse_mlp.engine.config import OptimConfig, ScheduleConfig, TrainConfig, check_configs
 from sparse_mlp.engine.errors import NonFiniteError, TrainingStopped
@@ -31,7 +31,7 @@ from sparse_mlp.engine.resume import check_settings, flat_settings
 from sparse_mlp.engine.run import RunFolder, environment
 from sparse_mlp.engine.saving import Saver
 from sparse_mlp.engine.stop import StopRequest
-from sparse_mlp.engine.task import Batch, Evaluation, Loaders, Task
+from sparse_mlp.engine.task import Batch, Evaluation, Loaders, Task, called_module
 from sparse_mlp.engine.torch_settings import torch_settings
 from sparse_mlp.errors import UserError
 
@@ -263,22 +263,11 @@ class Trainer:
         return results[max(results)]
 
     def _evaluate_one(self, task: Task) -> Evaluation:
-        loader = self.loaders.evaluate(rank=rank(), world_size=world_size())
-        if self.learner.mesh.is_split:
-            loader = self._as_many_on_each_rank(loader)
-        return task.evaluate(self._interruptible(loader), self.learner.device)
-
-    def _as_many_on_each_rank(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, and then some without items until every rank has had its own: a forward needs all ranks."""
-        batches, last = iter(loader), None
-        while True:
-            batch = next(batches, None)
-            if not distributed.any_rank(batch is not None):
-                return
-            if batch is None:
-                batch = without_items(last or next(iter(self.loaders.evaluate(rank=0, world_size=1))))
-            last = batch
-            yield batch
+        loader = self._interruptible(self.loaders.evaluate(rank=rank(), world_size=world_size()))
+        if not self.learner.mesh.is_split:
+            return task.evaluate(loader, self.learner.device)
+        with distributed.Together(called_module(task)) as together:
+            return task.evaluate(together.batches(loader), self.learner.device)
 
     def _evaluate_if_missed(self) -> Evaluation | None:
         """On resume: the evaluation due at the checkpoint if it is missing; in a finished run always the last one."""

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,10 +115,13 @@ def train(
             set that the recipe names.
         show: a progress bar.
 
-    UserError or OSError in one line for what does not exist or fit; FileExistsError if the folder holds a run.
+    UserError or OSError in one line for what does not exist or fit; FileExistsError if the folder holds a run. When
+    torchrun starts the processes again after a failure, the run goes on from its newest checkpoint.
     """
     if not isinstance(recipe, Recipe):
         raise UserError(f"train takes a recipe, not {recipe!r}: sparse_mlp.recipe(NAME, ...) gives one")
+    if distributed.restarts() and (begun := _begun(recipe.name, out)) is not None:
+        return resume(begun, recipe, datasets=datasets, trusted=True, show=show)
     context = Context(trusted=True, datasets=datasets)
     return _start(recipe, context, Path(out) if out is not None else None, resume=False, show=show)
 
@@ -221,13 +224,23 @@ def is_longer(stored: Recipe, requested: Recipe) -> bool:
     return check_longer(asdict(stored.train), asdict(train), requested.schedule.sched)  # type: ignore[attr-defined]
 
 
+def _begun(name: str, out: str | Path | None) -> Path | None:
+    """The folder of the run that this job had begun before it was started again; None if it had not come so far."""
+    folders = [Path(out)] if out is not None else list(itertools.takewhile(Path.exists, _numbered(name)))
+    return folders[-1] if folders and RunFolder(folders[-1]).config_path.is_file() else None
+
+
+def _numbered(name: str) -> Iterator[Path]:
+    """runs/NAME, runs/NAME-2, runs/NAME-3, ..."""
+    return (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+
+
 def choose_folder(name: str, folder: Path | None, resume: bool) -> Path:
     """The requested folder, else runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist."""
     if folder is None:
         if Path(name).name != name or name in ("", ".."):
             raise UserError(f"name {name!r} is no name of a folder in runs/: give another, or --out")
-        tries = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
-        return next(path for path in tries if not path.exists())
+        return next(path for path in _numbered(name) if not path.exists())
     if not folder.name:  # "" and ".": the run's dozen files would lie among others
         raise UserError(f"--out {str(folder)!r} names no folder of its own")
     blocking = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
