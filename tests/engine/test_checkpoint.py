@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -264,3 +266,43 @@ def test_weights_for_use_elsewhere(make_trainer, tmp_path: Path):
     assert torch.equal(model.weight, trainer.learner.task.line.weight)
     with pytest.raises(FileNotFoundError, match="the run kept no average of its weights"):
         RunFolder.open(tmp_path / "run").weights(ema=True)
+
+
+CONSOLIDATE = """
+import sys, threading, time
+from pathlib import Path
+from sparse_mlp.engine.consolidate import consolidate
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+state, target = Path(sys.argv[1]), Path(sys.argv[2])
+consolidate(state, {"0": "task.0"}, target)  # whatever is allocated once
+before, peak, ended = anonymous(), 0.0, False
+
+def watch():
+    global peak
+    while not ended:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+consolidate(state, {str(i): f"task.{i}" for i in range(32)}, target, buffer=16 * 2**20)
+ended = True
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_one_file_of_a_large_checkpoint_is_written_in_little_memory(tmp_path):
+    """256 MiB in tensors of 8, read 16 at a time."""
+    tensors = {f"task.{i}": torch.full((2 * 2**20,), float(i)) for i in range(32)}
+    path = save_checkpoint(tmp_path, 1, tensors, {}, STATE, keep=1)
+    command = [sys.executable, "-c", CONSOLIDATE, str(path / "state"), str(tmp_path / "model.safetensors")]
+    result = subprocess.run(command, text=True, capture_output=True, check=True)
+    assert float(result.stdout) < 2 * 16 + 4, "MiB: what is read, twice, and some more"
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[str(i)], tensors[f"task.{i}"]) for i in range(32))

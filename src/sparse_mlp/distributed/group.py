@@ -6,6 +6,8 @@ Every function also works in a single process. All ranks must call a collective 
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -106,23 +108,44 @@ def join(device: str = "auto") -> Iterator[torch.device]:
 
 
 def _meet() -> dist.Store:
-    """The store of the processes, when all of them have come. RankLostError if some do not, that names them."""
-    seconds = float(os.environ.get(JOIN_SECONDS, "600"))
+    """A store of the processes, when all of them have come. RankLostError if some do not, that names them.
+
+    torchrun's store still holds what processes wrote that it has since started again. So rank 0 makes up a new name,
+    answers with it whoever asks, and what is stored from then on is stored under it.
+    """
+    seconds, own, size = float(os.environ.get(JOIN_SECONDS, "600")), uuid.uuid4().hex, int(os.environ["WORLD_SIZE"])
+    wait = timedelta(seconds=seconds)
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        store.set(f"here/{rank}", "")
-        here = [f"here/{other}" for other in range(size)]
-        try:
-            store.wait(here, timedelta(seconds=seconds))
-        except dist.DistStoreError:
-            missing = [str(other) for other, key in enumerate(here) if not store.check([key])]
-            raise RankLostError(
-                f"rank {', '.join(missing)} of {size} did not come within {seconds:g} seconds ({JOIN_SECONDS})"
-            ) from None
-        return store
-    except dist.DistStoreError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RankLostError(f"rank 0 was not at {where} within {seconds:g} seconds ({JOIN_SECONDS})") from error
+        store, rank, _ = next(dist.rendezvous("env://", timeout=wait))
+        if rank == 0:
+            name = own
+            _answer(store, name, size, time.monotonic() + seconds)
+        else:
+            store.set(f"ask/{rank}", own)
+            store.wait([f"answer/{own}"], wait)
+            name = store.get(f"answer/{own}").decode()
+            store.set(f"{name}/here/{rank}", "")
+            store.wait([f"{name}/all"], wait)
+    except dist.DistError as error:
+        raise RankLostError(f"not all of {size} processes came within {seconds:g} seconds ({JOIN_SECONDS})") from error
+    return dist.PrefixStore(name, store)
+
+
+def _answer(store: dist.Store, name: str, size: int, until: float) -> None:
+    """Tell every rank that asks the name, until all have it; a rank that was started again asks again."""
+    missing, answered = set(range(1, size)), set[bytes]()
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"{name}/here/{rank}"]):
+                missing.remove(rank)
+            elif store.check([f"ask/{rank}"]) and (asks := store.get(f"ask/{rank}")) not in answered:
+                store.set(f"answer/{asks.decode()}", name)
+                answered.add(asks)
+        if missing and time.monotonic() > until:
+            named = ", ".join(map(str, sorted(missing)))
+            raise RankLostError(f"rank {named} of {size} did not come in time ({JOIN_SECONDS} says how long to wait)")
+        time.sleep(0.01)
+    store.set(f"{name}/all", "")
 
 
 def _lost_rank(error: RuntimeError) -> RankLostError | None:

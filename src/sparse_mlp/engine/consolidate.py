@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 BUFFER = 256 * 2**20
@@ -27,7 +26,7 @@ _TYPES = {
 def consolidate(state: Path, names: Mapping[str, str], target: Path, buffer: int = BUFFER) -> None:
     """Write the tensors of a folder of shards as one safetensors file; `names` are those in the file -> in the folder.
 
-    Reads at most `buffer` bytes at a time, or one tensor. KeyError for a name that the folder does not have.
+    Reads at most `buffer` bytes at a time, or one tensor, for which it needs twice the memory. KeyError for a name that the folder does not have.
     """
     reader = HuggingFaceStorageReader(str(state))
     stored: Any = reader.read_metadata().state_dict_metadata
@@ -40,7 +39,7 @@ def consolidate(state: Path, names: Mapping[str, str], target: Path, buffer: int
             tensors = {names[name]: torch.empty(sizes[name][1], dtype=sizes[name][0]) for name in part}
             quietly(dcp.load, dict(tensors), storage_reader=HuggingFaceStorageReader(str(state)), no_dist=True)
             for name in part:
-                file.write(_bytes(tensors[names[name]]))
+                tensors[names[name]].reshape(-1).view(torch.uint8).numpy().tofile(file)
 
 
 def quietly(function: Any, *arguments: Any, **options: Any) -> None:
@@ -70,7 +69,3 @@ def _parts(names: list[str], sizes: Mapping[str, int], buffer: int) -> Iterator[
         part.append(name)
     if part:
         yield part
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
