@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 BUFFER = 256 * 2**20
@@ -26,7 +27,8 @@ _TYPES = {
 def consolidate(state: Path, names: Mapping[str, str], target: Path, buffer: int = BUFFER) -> None:
     """Write the tensors of a folder of shards as one safetensors file; `names` are those in the file -> in the folder.
 
-    Reads at most `buffer` bytes at a time, or one tensor, for which it needs twice the memory. KeyError for a name that the folder does not have.
+    Reads at most `buffer` bytes at a time, or one tensor, and needs at most twice as much memory. KeyError for a name
+    that the folder does not have.
     """
     reader = HuggingFaceStorageReader(str(state))
     stored: Any = reader.read_metadata().state_dict_metadata
@@ -36,10 +38,13 @@ def consolidate(state: Path, names: Mapping[str, str], target: Path, buffer: int
         _write_header(file, {name: sizes[name] for name in ordered})
         lengths = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in sizes.items()}
         for part in _parts(ordered, lengths, buffer):
-            tensors = {names[name]: torch.empty(sizes[name][1], dtype=sizes[name][0]) for name in part}
-            quietly(dcp.load, dict(tensors), storage_reader=HuggingFaceStorageReader(str(state)), no_dist=True)
-            for name in part:
-                tensors[names[name]].reshape(-1).view(torch.uint8).numpy().tofile(file)
+            _copy(file, reader, {names[name]: torch.empty(sizes[name][1], dtype=sizes[name][0]) for name in part})
+
+
+def _copy(file: BinaryIO, reader: HuggingFaceStorageReader, tensors: dict[str, Tensor]) -> None:
+    quietly(dcp.load, dict(tensors), storage_reader=reader, no_dist=True)
+    for tensor in tensors.values():
+        tensor.reshape(-1).view(torch.uint8).numpy().tofile(file)
 
 
 def quietly(function: Any, *arguments: Any, **options: Any) -> None:
