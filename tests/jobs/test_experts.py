@@ -152,29 +152,73 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 # ---- Other arguments at inference ----
 
 
-def test_a_trained_model_is_evaluated_with_more_experts_an_item(run: sparse_mlp.Run, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def top_2(tmp_path_factory: pytest.TempPathFactory) -> sparse_mlp.Run:
+    two = recipe(2, experts={"blocks": 1, "num_experts": 4, "top_k": 2})
+    return sparse_mlp.train(two, tmp_path_factory.mktemp("top_2") / "run", show=False)
+
+
+def test_a_trained_model_is_evaluated_with_fewer_experts_an_item(top_2: sparse_mlp.Run) -> None:
     from sparse_mlp.jobs.images import load_trained
 
-    assert {layer.top_k for layer in moe_layers(load_trained(run.folder, args={"top_k": 2})).values()} == {2}
-    other = run.evaluate(model={"args": {"top_k": 2}})
-    assert other["loss"] != run.metrics["loss"]
+    assert {layer.top_k for layer in moe_layers(load_trained(top_2.folder, args={"top_k": 1})).values()} == {1}
+    other = top_2.evaluate(model={"args": {"top_k": 1}})
+    assert other["loss"] != top_2.metrics["loss"]
+    assert top_2.evaluate(model={"args": {"top_k": 2}})["loss"] == pytest.approx(top_2.metrics["loss"])
     capacity = {"eval_capacity_ratio": 0.5, "prioritized": True, "capacity_group": "batch"}
-    assert run.evaluate(model={"args": capacity})["loss"] != run.metrics["loss"]
-    with pytest.raises(UserError, match="num_experts=3 cannot change in a trained model; what can: top_k"):
-        run.evaluate(model={"args": {"num_experts": 3}})
+    assert top_2.evaluate(model={"args": capacity})["loss"] != top_2.metrics["loss"]
 
 
-def test_so_is_a_sparse_mlp_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("top_k=3", "model.args top_k=3 is too many: blocks.1.mlp_tokens was trained with 2 of 4 experts an item"),
+        ("top_k=5", "top_k must be at most num_experts (4); got 5"),
+        ("top_k=0", "top_k must be at least 1; got 0"),
+        ("top_k=1.5", "model.args top_k=1.5 must be a whole number"),
+        ("top_k=(1,1)", "model.args top_k=(1, 1) must be a whole number"),
+        ("renormalize=2", "model.args renormalize=2 must be True or False"),
+        ("num_experts=3", "num_experts=3 cannot change in a trained model; what can: top_k"),
+    ],
+)
+def test_other_experts_than_it_was_trained_for_are_one_line(
+    top_2: sparse_mlp.Run, args: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    for words in (["eval", str(top_2.path)], ["predict", str(top_2.path), str(tmp_path / "digit.png")]):
+        assert main([*words, "--model.args", args]) == 2
+        error = capsys.readouterr().err
+        assert message in " ".join(error.split()) and "Traceback" not in error
+
+
+def test_the_experts_of_tokens_and_of_channels_have_each_their_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sparse = sparse_mlp.recipe(
         "digits_sparse", model={"args": {"num_blocks": 1, "sparse_blocks": 1, "embed_dim": 16}}, train={"steps": 2}
     )
     run = sparse_mlp.train(sparse, tmp_path / "run", show=False)
-    options = ["--model.args", "top_k=(2,1)"]
-    assert main(["eval", str(run.path), *options]) == 0
     Image.new("L", (8, 8)).save(tmp_path / "digit.png")
-    assert main(["predict", str(run.path), str(tmp_path / "digit.png"), *options]) == 0
-    assert main(["eval", str(run.path), "--model.args", "top_k=(99,1)"]) == 2
-    assert "top_k must be at most num_experts" in capsys.readouterr().err
+    assert main(["eval", str(run.path), "--model.args", "top_k=(1,1)"]) == 0
+    assert main(["predict", str(run.path), str(tmp_path / "digit.png"), "--model.args", "top_k=(1,1)"]) == 0
+    capsys.readouterr()
+    for args, message in {
+        "top_k=(2,2)": "top_k=(2, 2) is too many: blocks.0.mlp_tokens was trained with 1 of",
+        "top_k=(1,3)": "top_k=(1, 3) is too many: blocks.0.mlp_channels was trained with 2 of",
+        "top_k=(99,1)": "top_k must be at most num_experts",
+        "top_k=2": "top_k must be a pair of numbers (token mixing, channel mixing); got 2",
+    }.items():
+        assert main(["eval", str(run.path), "--model.args", args]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_without_experts_has_nothing_to_change(tmp_path: Path) -> None:
+    args = {"num_blocks": 1, "sparse_blocks": 0, "embed_dim": 16}
+    run = sparse_mlp.train(
+        sparse_mlp.recipe("digits_sparse", model={"args": args}, train={"steps": 1}), tmp_path / "run", show=False
+    )
+    with pytest.raises(UserError, match=r"top_k=\[1, 1\] would be ignored: the trained model has no experts"):
+        run.evaluate(model={"args": {"top_k": [1, 1]}})
 
 
 def test_the_curve_of_accuracy_against_multiply_adds_is_measured_and_drawn(run: sparse_mlp.Run) -> None:

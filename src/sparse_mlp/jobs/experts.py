@@ -14,6 +14,7 @@ from torch import nn
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.recipe import ExpertsConfig, ModelConfig
 from sparse_mlp.moe import MoeMlp
+from sparse_mlp.moe.telemetry import moe_layers
 from sparse_mlp.weights import sparsify
 
 AT_INFERENCE = ("top_k", "eval_capacity_ratio", "capacity_group", "prioritized", "renormalize")
@@ -80,5 +81,24 @@ def change_at_inference(config: ModelConfig, args: Mapping[str, Any]) -> ModelCo
     if not has_experts(config.experts):
         return replace(config, args={**config.args, **args})
     fields = {name: args[name] for name in ("top_k", "renormalize") if name in args}
+    for name, value in fields.items():
+        if type(value) is not type(getattr(config.experts, name)):
+            kind = "a whole number" if name == "top_k" else "True or False"
+            raise UserError(f"model.args {name}={value!r} must be {kind}")
     further = {name: value for name, value in args.items() if name not in fields}
     return replace(config, experts=replace(config.experts, **fields, args={**config.experts.args, **further}))
+
+
+def check_at_inference(trained: nn.Module, changed: nn.Module, args: Mapping[str, Any]) -> None:
+    """UserError for other arguments of a model without experts, and for a K above the one a layer was trained with.
+
+    Nothing was learned of the sum of more answers. Of both models only the structure is looked at.
+    """
+    layers = moe_layers(trained)
+    for name, value in args.items():
+        if not layers:
+            raise UserError(f"model.args {name}={value!r} would be ignored: the trained model has no experts")
+    for name, layer in moe_layers(changed).items():
+        if layer.top_k > (most := layers[name].top_k):
+            of = f"{most} of {layer.num_experts} experts an item"
+            raise UserError(f"model.args top_k={args['top_k']!r} is too many: {name} was trained with {of}")

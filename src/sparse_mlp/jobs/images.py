@@ -34,7 +34,13 @@ from sparse_mlp.data import (
 from sparse_mlp.engine import Evaluation, Loaders, RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json
-from sparse_mlp.jobs.experts import add_experts, change_at_inference, has_experts, sparsify_arguments
+from sparse_mlp.jobs.experts import (
+    add_experts,
+    change_at_inference,
+    check_at_inference,
+    has_experts,
+    sparsify_arguments,
+)
 from sparse_mlp.jobs.job import INPUTS, Context, Job, ReportOptions, check_export_target
 from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.model import (
@@ -268,8 +274,11 @@ def load_trained(
 
     `args`: other arguments of its experts, see `change_at_inference`. That of a pre-training has no classifier.
     """
-    config = without_weights(change_at_inference(load_model_config(run), args or {}))
-    model = build_model(config, spec or load_inputs(run))
+    stored, args, spec = without_weights(load_model_config(run)), args or {}, spec or load_inputs(run)
+    model = build_model(change_at_inference(stored, args), spec)
+    if args:
+        with torch.device("meta"):
+            check_at_inference(build_model(stored, spec), model, args)
     if run.config().get("kind") == "pretrain":
         model.reset_classifier(0)  # type: ignore[operator]
     load_weights(model, checkpoint or run.path)

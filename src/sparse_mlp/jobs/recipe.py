@@ -111,8 +111,9 @@ class InferenceConfig:
     """What may differ in a trained model when it is used."""
 
     args: Arguments = field(default_factory=dict)
-    """Other arguments of the experts than the model was trained with: top_k=..., eval_capacity_ratio=...,
-    capacity_group=..., prioritized=True, renormalize=..., as the model or its experts take them."""
+    """Other arguments of the experts than the model was trained with: top_k=... (not more than then),
+    eval_capacity_ratio=..., capacity_group=..., prioritized=True, renormalize=..., as the model or its experts take
+    them."""
 
 
 @dataclass(frozen=True)
