@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -103,6 +104,12 @@ class Learner:
         set_optimizer_state_dict(self.task, self.optimizer, optim_state_dict=optimizer)
         self.scaler.load_state_dict(numbers["scaler"])
         self._balance_scale = None
+
+    def begin_with(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give the optimiser this state of the parameters of these names; the others begin without one."""
+        numbers = {id(parameter): number for number, parameter in enumerate(self.parameters)}
+        own = {numbers[id(p)]: dict(state[name]) for name, p in self.task.named_parameters() if name in state}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": own})
 
     def not_finite(self) -> str | None:
         """Name of a weight, or averaged weight, that holds NaN or infinity; synchronises with the device."""

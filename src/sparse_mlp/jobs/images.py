@@ -44,6 +44,7 @@ from sparse_mlp.jobs.experts import (
 from sparse_mlp.jobs.job import INPUTS, Context, Job, ReportOptions, check_export_target
 from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.model import (
+    begin_optimizer,
     build_model,
     check_local,
     check_model_arguments,
@@ -99,6 +100,7 @@ class ImageJob(Job[R]):
     def prepare(self, run: RunFolder, device: torch.device) -> None:
         self.check_folder(run)
         super().prepare(run, device)
+        begin_optimizer(self.trainer, self.model_config())
 
     def check_folder(self, run: RunFolder) -> None:
         """Say what was left out. UserError for a new run inside its images, where its figures would be a class."""

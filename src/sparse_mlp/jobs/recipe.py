@@ -103,6 +103,11 @@ class ModelConfig:
     """Start from the weights in this file (.safetensors, .pth, a published Mixer .npz, or a run folder); the head stays
     new where the classes are others."""
 
+    optimizer_state: bool = False
+    """Begin also with the state that the optimiser had in the run of `weights`, at its newest checkpoint: its moments
+    and the number of its steps, not its learning rate. Each expert has that of the MLP it begins as (Sparse Upcycling,
+    section 3); a router, and a classifier of other classes, begin without."""
+
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
 
