@@ -20,6 +20,7 @@ RECIPE_FLAGS = (
     "--model.name --model.args --model.pretrained --model.no-pretrained --model.final-norm --model.no-final-norm "
     "--model.weights --model.optimizer-state --model.no-optimizer-state "
     "--model.experts.blocks --model.experts.num-experts --model.experts.top-k --model.experts.init "
+    "--model.experts.strength --model.experts.router "
     "--model.experts.renormalize --model.experts.no-renormalize --model.experts.args "
     "--data.name --data.root --data.image-size --data.channels --data.batch-size --data.repeats "
     "--data.eval-batch-size "

@@ -116,9 +116,70 @@ def test_blocks_as_the_command_line_has_them(blocks: int | str, expected: list[i
     assert sorted({int(name.split(".")[1]) for name in layers}) == expected
 
 
+# ---- Starts ----
+
+
+@torch.no_grad()
+def test_the_strength_of_a_start_is_taken() -> None:
+    dense = build_model(model(), SPEC).blocks[1].mlp_channels.fc1.weight
+    far: dict[float, float] = {}
+    for strength in (0.01, 0.5):
+        torch.manual_seed(0)
+        noisy = build_model(model(blocks=1, num_experts=2, init="noise", strength=strength), SPEC).blocks[1]
+        torch.manual_seed(0)
+        begun = build_model(model(blocks=1, num_experts=2), SPEC).blocks[1]
+        difference = noisy.mlp_channels.experts.fc1.weight - begun.mlp_channels.experts.fc1.weight
+        far[strength] = float(difference.std() / begun.mlp_channels.experts.fc1.weight[0].std())
+    assert far == pytest.approx({0.01: 0.01, 0.5: 0.5}, rel=0.15)
+    half = build_model(model(blocks=1, num_experts=2, init="sample", strength=0.25), SPEC).blocks[1]
+    assert half.mlp_channels.experts.fc1.weight.shape == (2, 16, dense.shape[0] // 4)
+
+
+def test_routers_begin_as_the_centroids_of_the_first_training_batch(tmp_path: Path) -> None:
+    """The rows are those that `sparsify` gives for the same images; a run that goes on has its own."""
+    from sparse_mlp.jobs import Context
+    from sparse_mlp.jobs.classify import ClassifyJob
+
+    given = recipe(2, experts={"blocks": 1, "num_experts": 4, "router": "centroids", "init": "sample"})
+    job = ClassifyJob(given, Context(trusted=True))
+    layers = moe_layers(job.task.backbone())
+    batch = next(iter(job.loaders.train(start_step=0, steps=1)))["image"]
+    torch.manual_seed(given.train.seed)
+    dense = build_model(ModelConfig("mixer_t4_32", dict(given.model.args)), job.data.spec)
+    sparse_mlp.sparsify(dense, 1, 4, init="sample", router="centroids", images=batch)
+    for name, layer in moe_layers(dense).items():
+        assert torch.equal(layer.router.weight, layers[name].router.weight)
+        assert torch.equal(layer.experts.fc1.weight, layers[name].experts.fc1.weight)
+        assert torch.allclose(layer.router.weight.norm(dim=1), torch.ones(4))
+    run = sparse_mlp.train(given, tmp_path / "run", show=False)
+    assert run.evaluate()["top1"] == pytest.approx(run.metrics["top1"])
+    assert "router=" not in run.export(tmp_path / "weights.safetensors")
+    assert sparse_mlp.resume(run.path, show=False).metrics == run.metrics
+
+
+def test_a_pretraining_begins_with_centroids_too(tmp_path: Path) -> None:
+    experts = {"blocks": 1, "num_experts": 2, "router": "centroids"}
+    args = {**SMALL, "patch_size": 2}
+    changes = {"model": {"name": "mixer_t4_32", "args": args, "experts": experts}, "train": {"steps": 1}}
+    run = sparse_mlp.train(sparse_mlp.recipe("digits_moco_sparse", **changes), tmp_path / "run", show=False)
+    assert len(moe_layers(run.load())) == 2
+
+
+def test_centroids_where_there_are_none_are_one_line(run: sparse_mlp.Run, tmp_path: Path) -> None:
+    centroids = model(blocks=1, num_experts=4, router="centroids")
+    with pytest.raises(UserError, match=r"model\.experts\.router centroids is for classification and pre-training"):
+        build_model(centroids, SPEC)
+    experts = {"blocks": 1, "num_experts": 4, "router": "centroids"}
+    with pytest.raises(UserError, match=r"router centroids would be ignored: .* has routers"):
+        sparse_mlp.train(recipe(1, weights=str(run.path), experts=experts), tmp_path / "run", show=False)
+
+
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
+        ({"strength": 0.1}, r"model\.experts\.strength would be ignored"),
+        ({"blocks": 1, "strength": 0.1}, "strength 0.1 has no effect on 'copy'"),
+        ({"blocks": 1, "init": "drop", "strength": 1.5}, r"strength 1.5 is not in \(0, 1\]"),
         ({"num_experts": 4}, r"model\.experts\.num_experts would be ignored: model\.experts\.blocks does not say"),
         ({"blocks": 3}, "blocks 3 does not fit a model of 2 blocks"),
         ({"blocks": 1, "top_k": 9}, r"top_k must be at most num_experts \(8\)"),

@@ -33,6 +33,7 @@ from sparse_mlp.jobs.images import (
     ImageJob,
     RoutingReportOptions,
     file_names,
+    first_images,
     image_loaders,
     image_source,
     load_inputs,
@@ -114,7 +115,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         self.data = data = open_images(recipe.data, recipe.augment, self.context)
         self.loaders = image_loaders(data, recipe.data, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)
-        model = build_model(self.model_config(), data.spec)
+        model = build_model(self.model_config(), data.spec, first_images(self.loaders.train))
         self.task = (Probe if recipe.task.frozen else Classify)(model, recipe.task, class_names=data.classes)
 
     def predictions(self, evaluation: Evaluation) -> dict[str, np.ndarray]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.recipe import ExpertsConfig, ModelConfig
@@ -29,20 +29,33 @@ def has_experts(config: ExpertsConfig) -> bool:
     return config.blocks is not None
 
 
-def add_experts(model: nn.Module, config: ExpertsConfig) -> None:
+def add_experts(model: nn.Module, config: ExpertsConfig, images: Callable[[], Tensor] | None = None) -> None:
     """Give a dense model the experts of its configuration, which begin as its MLPs; without some, nothing happens.
 
-    UserError, one line, for what the model or the layer cannot have.
+    `images` gives those, (B, C, H, W), that the centroids of a router are of. UserError, one line, for what the model
+    or the layer cannot have.
     """
-    if config.blocks is not None:
-        sparsify(model, **sparsify_arguments(config))
+    if config.blocks is None:
+        return
+    arguments = sparsify_arguments(config)
+    if config.router == "centroids":
+        if images is None:
+            raise UserError("model.experts.router centroids is for classification and pre-training alone")
+        arguments |= {"router": config.router, "images": images()}
+    sparsify(model, **arguments)
+
+
+def as_stored(config: ExpertsConfig) -> ExpertsConfig:
+    """The experts of a model whose weights are loaded afterwards, those of its routers too."""
+    return replace(config, router="random")
 
 
 def sparsify_arguments(config: ExpertsConfig) -> dict[str, Any]:
-    """What `sparse_mlp.sparsify` is to be called with besides the model."""
+    """What `sparse_mlp.sparsify` is to be called with besides the model and images."""
     assert config.blocks is not None
     named = {"blocks": parse_blocks(config.blocks), "num_experts": config.num_experts, "top_k": config.top_k}
-    return {**named, "init": config.init, "renormalize": config.renormalize, **config.args}
+    strength = {} if config.strength is None else {"strength": config.strength}
+    return {**named, "init": config.init, **strength, "renormalize": config.renormalize, **config.args}
 
 
 def parse_blocks(blocks: int | str) -> int | str | Sequence[int] | Sequence[str]:

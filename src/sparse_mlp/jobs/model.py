@@ -7,6 +7,7 @@ import inspect
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,13 @@ import timm
 import torch
 from timm.layers import PatchEmbed
 from timm.models import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_mlp import weights
 from sparse_mlp.data import InputSpec, is_remote
 from sparse_mlp.engine import RunFolder, Trainer
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.experts import add_experts, check_experts, has_experts
+from sparse_mlp.jobs.experts import add_experts, as_stored, check_experts, has_experts
 from sparse_mlp.jobs.recipe import ModelConfig
 from sparse_mlp.models import registered_names
 from sparse_mlp.tasks.features import skip_final_norm
@@ -38,9 +39,10 @@ _SAME_NEURONS = ("copy", "noise")  # starts of experts whose weights are those o
 _RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names, the same for all models
 
 
-def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
+def build_model(config: ModelConfig, spec: InputSpec, images: Callable[[], Tensor] | None = None) -> nn.Module:
     """The timm model for images as `spec` describes them, after a trial forward pass.
 
+    `images` gives some of them, (B, C, H, W), for experts that begin with what the model makes of these.
     UserError, one line, for an unknown name (with the nearest ones), arguments the model does not take, an image size
     it cannot have, or weights that do not fit.
     """
@@ -64,21 +66,23 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
         raise UserError(f"model {config.name}: {_explain(error, config.name)}") from error
     if not config.final_norm:
         skip_final_norm(model)
-    load_start(model, config)
+    load_start(model, config, images)
     return model
 
 
-def load_start(model: nn.Module, config: ModelConfig) -> None:
+def load_start(model: nn.Module, config: ModelConfig, images: Callable[[], Tensor] | None = None) -> None:
     """Give a dense model the weights that it starts from, and its experts: these begin as its MLPs, unless the weights
     are of a model that had them already."""
     path = None if config.weights is None else weights_file(Path(config.weights))
     sparse = path is not None and has_experts(config.experts) and weights.have_experts(path)
     if sparse:
+        if config.experts.router != "random":
+            raise UserError(f"model.experts.router {config.experts.router} would be ignored: {path} has routers")
         add_experts(model, config.experts)
     if path is not None:
         load_weights(model, path, new_head=True)
     if not sparse:
-        add_experts(model, config.experts)
+        add_experts(model, config.experts, images)
 
 
 def check_model_arguments(config: ModelConfig) -> None:
@@ -120,7 +124,7 @@ def begin_optimizer(trainer: Trainer, config: ModelConfig) -> None:
 
 def without_weights(config: ModelConfig) -> ModelConfig:
     """A model's configuration without the weights, and the state, that it started from."""
-    return replace(config, pretrained=False, weights=None, optimizer_state=False)
+    return replace(config, pretrained=False, weights=None, optimizer_state=False, experts=as_stored(config.experts))
 
 
 def model_to_start(config: ModelConfig, run: RunFolder | None, trusted: bool) -> ModelConfig:

@@ -72,7 +72,15 @@ class ExpertsConfig:
     """How many of them an item goes to."""
 
     init: Literal["copy", "noise", "drop", "sample", "random"] = "copy"
-    """What they begin as: the MLP, the MLP with noise, with half of its neurons redrawn or left out, or new weights."""
+    """What they begin as: the MLP; the MLP with noise, or with a share of its neurons redrawn or left out; new weights."""
+
+    strength: float | None = None
+    """Of noise: in standard deviations of each weight, 0.01 if left out. Of drop and sample: the share of the neurons
+    that are redrawn, or kept; 0.5 if left out."""
+
+    router: Literal["random", "centroids"] = "random"
+    """What routers begin as: random weights, or the centroids of what the MLPs get of the first training batch, as in
+    cluster-aware upcycling (classification and pre-training). With these, sample draws neurons by their activation."""
 
     renormalize: bool = True
     """Gates that add up to 1, with which the model's answers are at first those of the dense one."""
