@@ -192,6 +192,8 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         deploy.check_target(target, options.to)
         if options.int8 and options.to != "onnx":
             raise UserError(f"--int8 would be ignored: it is of --to onnx, not of --to {options.to}")
+        if options.weight_only and not options.int8:
+            raise UserError("--weight-only would be ignored: it is of --int8")
         parts = load_trained(run), load_model_config(run).name, load_inputs(run)
         if not options.int8:
             return deploy.usage(deploy.export(*parts, options.to, target), options.to, parts[2])
@@ -200,7 +202,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
             data = cls.stored(run).data
             return eval_loader(open_images(data, AugmentConfig(), Context(run, trusted=options.trust_data)), data)
 
-        return deploy.export_in_8_bits(*parts, target, batches)
+        return deploy.export_in_8_bits(*parts, target, batches, weight_only=options.weight_only)
 
 
 def evaluate_model(

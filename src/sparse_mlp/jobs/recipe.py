@@ -72,7 +72,7 @@ class ExpertsConfig:
     """How many of them an item goes to."""
 
     init: Literal["copy", "noise", "drop", "sample", "random"] = "copy"
-    """What they begin as: the MLP; the MLP with noise, or with a share of its neurons redrawn or left out; new weights."""
+    """What they begin as: the MLP; the MLP with noise, or a share of its neurons redrawn or left out; new weights."""
 
     strength: float | None = None
     """Of noise: in standard deviations of each weight, 0.01 if left out. Of drop and sample: the share of the neurons
