@@ -18,8 +18,9 @@ def one_column(monkeypatch: pytest.MonkeyPatch) -> None:
 RECIPE_FLAGS = (
     "--name "
     "--model.name --model.args --model.pretrained --model.no-pretrained --model.final-norm --model.no-final-norm "
-    "--model.weights "
+    "--model.weights --model.optimizer-state --model.no-optimizer-state "
     "--model.experts.blocks --model.experts.num-experts --model.experts.top-k --model.experts.init "
+    "--model.experts.strength --model.experts.router "
     "--model.experts.renormalize --model.experts.no-renormalize --model.experts.args "
     "--data.name --data.root --data.image-size --data.channels --data.batch-size --data.repeats "
     "--data.eval-batch-size "

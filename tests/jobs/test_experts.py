@@ -116,9 +116,70 @@ def test_blocks_as_the_command_line_has_them(blocks: int | str, expected: list[i
     assert sorted({int(name.split(".")[1]) for name in layers}) == expected
 
 
+# ---- Starts ----
+
+
+@torch.no_grad()
+def test_the_strength_of_a_start_is_taken() -> None:
+    dense = build_model(model(), SPEC).blocks[1].mlp_channels.fc1.weight
+    far: dict[float, float] = {}
+    for strength in (0.01, 0.5):
+        torch.manual_seed(0)
+        noisy = build_model(model(blocks=1, num_experts=2, init="noise", strength=strength), SPEC).blocks[1]
+        torch.manual_seed(0)
+        begun = build_model(model(blocks=1, num_experts=2), SPEC).blocks[1]
+        difference = noisy.mlp_channels.experts.fc1.weight - begun.mlp_channels.experts.fc1.weight
+        far[strength] = float(difference.std() / begun.mlp_channels.experts.fc1.weight[0].std())
+    assert far == pytest.approx({0.01: 0.01, 0.5: 0.5}, rel=0.15)
+    half = build_model(model(blocks=1, num_experts=2, init="sample", strength=0.25), SPEC).blocks[1]
+    assert half.mlp_channels.experts.fc1.weight.shape == (2, 16, dense.shape[0] // 4)
+
+
+def test_routers_begin_as_the_centroids_of_the_first_training_batch(tmp_path: Path) -> None:
+    """The rows are those that `sparsify` gives for the same images; a run that goes on has its own."""
+    from sparse_mlp.jobs import Context
+    from sparse_mlp.jobs.classify import ClassifyJob
+
+    given = recipe(2, experts={"blocks": 1, "num_experts": 4, "router": "centroids", "init": "sample"})
+    job = ClassifyJob(given, Context(trusted=True))
+    layers = moe_layers(job.task.backbone())
+    batch = next(iter(job.loaders.train(start_step=0, steps=1)))["image"]
+    torch.manual_seed(given.train.seed)
+    dense = build_model(ModelConfig("mixer_t4_32", dict(given.model.args)), job.data.spec)
+    sparse_mlp.sparsify(dense, 1, 4, init="sample", router="centroids", images=batch)
+    for name, layer in moe_layers(dense).items():
+        assert torch.equal(layer.router.weight, layers[name].router.weight)
+        assert torch.equal(layer.experts.fc1.weight, layers[name].experts.fc1.weight)
+        assert torch.allclose(layer.router.weight.norm(dim=1), torch.ones(4))
+    run = sparse_mlp.train(given, tmp_path / "run", show=False)
+    assert run.evaluate()["top1"] == pytest.approx(run.metrics["top1"])
+    assert "router=" not in run.export(tmp_path / "weights.safetensors")
+    assert sparse_mlp.resume(run.path, show=False).metrics == run.metrics
+
+
+def test_a_pretraining_begins_with_centroids_too(tmp_path: Path) -> None:
+    experts = {"blocks": 1, "num_experts": 2, "router": "centroids"}
+    args = {**SMALL, "patch_size": 2}
+    changes = {"model": {"name": "mixer_t4_32", "args": args, "experts": experts}, "train": {"steps": 1}}
+    run = sparse_mlp.train(sparse_mlp.recipe("digits_moco_sparse", **changes), tmp_path / "run", show=False)
+    assert len(moe_layers(run.load())) == 2
+
+
+def test_centroids_where_there_are_none_are_one_line(run: sparse_mlp.Run, tmp_path: Path) -> None:
+    centroids = model(blocks=1, num_experts=4, router="centroids")
+    with pytest.raises(UserError, match=r"model\.experts\.router centroids is for classification and pre-training"):
+        build_model(centroids, SPEC)
+    experts = {"blocks": 1, "num_experts": 4, "router": "centroids"}
+    with pytest.raises(UserError, match=r"router centroids would be ignored: .* has routers"):
+        sparse_mlp.train(recipe(1, weights=str(run.path), experts=experts), tmp_path / "run", show=False)
+
+
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
+        ({"strength": 0.1}, r"model\.experts\.strength would be ignored"),
+        ({"blocks": 1, "strength": 0.1}, "strength 0.1 has no effect on 'copy'"),
+        ({"blocks": 1, "init": "drop", "strength": 1.5}, r"strength 1.5 is not in \(0, 1\]"),
         ({"num_experts": 4}, r"model\.experts\.num_experts would be ignored: model\.experts\.blocks does not say"),
         ({"blocks": 3}, "blocks 3 does not fit a model of 2 blocks"),
         ({"blocks": 1, "top_k": 9}, r"top_k must be at most num_experts \(8\)"),
@@ -152,29 +213,73 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 # ---- Other arguments at inference ----
 
 
-def test_a_trained_model_is_evaluated_with_more_experts_an_item(run: sparse_mlp.Run, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def top_2(tmp_path_factory: pytest.TempPathFactory) -> sparse_mlp.Run:
+    two = recipe(2, experts={"blocks": 1, "num_experts": 4, "top_k": 2})
+    return sparse_mlp.train(two, tmp_path_factory.mktemp("top_2") / "run", show=False)
+
+
+def test_a_trained_model_is_evaluated_with_fewer_experts_an_item(top_2: sparse_mlp.Run) -> None:
     from sparse_mlp.jobs.images import load_trained
 
-    assert {layer.top_k for layer in moe_layers(load_trained(run.folder, args={"top_k": 2})).values()} == {2}
-    other = run.evaluate(model={"args": {"top_k": 2}})
-    assert other["loss"] != run.metrics["loss"]
+    assert {layer.top_k for layer in moe_layers(load_trained(top_2.folder, args={"top_k": 1})).values()} == {1}
+    other = top_2.evaluate(model={"args": {"top_k": 1}})
+    assert other["loss"] != top_2.metrics["loss"]
+    assert top_2.evaluate(model={"args": {"top_k": 2}})["loss"] == pytest.approx(top_2.metrics["loss"])
     capacity = {"eval_capacity_ratio": 0.5, "prioritized": True, "capacity_group": "batch"}
-    assert run.evaluate(model={"args": capacity})["loss"] != run.metrics["loss"]
-    with pytest.raises(UserError, match="num_experts=3 cannot change in a trained model; what can: top_k"):
-        run.evaluate(model={"args": {"num_experts": 3}})
+    assert top_2.evaluate(model={"args": capacity})["loss"] != top_2.metrics["loss"]
 
 
-def test_so_is_a_sparse_mlp_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("top_k=3", "model.args top_k=3 is too many: blocks.1.mlp_tokens was trained with 2 of 4 experts an item"),
+        ("top_k=5", "top_k must be at most num_experts (4); got 5"),
+        ("top_k=0", "top_k must be at least 1; got 0"),
+        ("top_k=1.5", "model.args top_k=1.5 must be a whole number"),
+        ("top_k=(1,1)", "model.args top_k=(1, 1) must be a whole number"),
+        ("renormalize=2", "model.args renormalize=2 must be True or False"),
+        ("num_experts=3", "num_experts=3 cannot change in a trained model; what can: top_k"),
+    ],
+)
+def test_other_experts_than_it_was_trained_for_are_one_line(
+    top_2: sparse_mlp.Run, args: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    for words in (["eval", str(top_2.path)], ["predict", str(top_2.path), str(tmp_path / "digit.png")]):
+        assert main([*words, "--model.args", args]) == 2
+        error = capsys.readouterr().err
+        assert message in " ".join(error.split()) and "Traceback" not in error
+
+
+def test_the_experts_of_tokens_and_of_channels_have_each_their_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sparse = sparse_mlp.recipe(
         "digits_sparse", model={"args": {"num_blocks": 1, "sparse_blocks": 1, "embed_dim": 16}}, train={"steps": 2}
     )
     run = sparse_mlp.train(sparse, tmp_path / "run", show=False)
-    options = ["--model.args", "top_k=(2,1)"]
-    assert main(["eval", str(run.path), *options]) == 0
     Image.new("L", (8, 8)).save(tmp_path / "digit.png")
-    assert main(["predict", str(run.path), str(tmp_path / "digit.png"), *options]) == 0
-    assert main(["eval", str(run.path), "--model.args", "top_k=(99,1)"]) == 2
-    assert "top_k must be at most num_experts" in capsys.readouterr().err
+    assert main(["eval", str(run.path), "--model.args", "top_k=(1,1)"]) == 0
+    assert main(["predict", str(run.path), str(tmp_path / "digit.png"), "--model.args", "top_k=(1,1)"]) == 0
+    capsys.readouterr()
+    for args, message in {
+        "top_k=(2,2)": "top_k=(2, 2) is too many: blocks.0.mlp_tokens was trained with 1 of",
+        "top_k=(1,3)": "top_k=(1, 3) is too many: blocks.0.mlp_channels was trained with 2 of",
+        "top_k=(99,1)": "top_k must be at most num_experts",
+        "top_k=2": "top_k must be a pair of numbers (token mixing, channel mixing); got 2",
+    }.items():
+        assert main(["eval", str(run.path), "--model.args", args]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_without_experts_has_nothing_to_change(tmp_path: Path) -> None:
+    args = {"num_blocks": 1, "sparse_blocks": 0, "embed_dim": 16}
+    run = sparse_mlp.train(
+        sparse_mlp.recipe("digits_sparse", model={"args": args}, train={"steps": 1}), tmp_path / "run", show=False
+    )
+    with pytest.raises(UserError, match=r"top_k=\[1, 1\] would be ignored: the trained model has no experts"):
+        run.evaluate(model={"args": {"top_k": [1, 1]}})
 
 
 def test_the_curve_of_accuracy_against_multiply_adds_is_measured_and_drawn(run: sparse_mlp.Run) -> None:

@@ -3,7 +3,7 @@
 from sparse_mlp.distributed.balance import sync_balance
 from sparse_mlp.distributed.batch_norm import sync_batch_norm
 from sparse_mlp.distributed.draws import draw_by_item
-from sparse_mlp.distributed.gradients import by_mesh, clip_gradients, full, gradient_norm, mesh_of, own_part
+from sparse_mlp.distributed.gradients import by_mesh, clip_gradients, full, gradient_norm, mesh_of, own_part, split_like
 from sparse_mlp.distributed.group import (
     AsyncMax,
     RankLostError,
@@ -51,6 +51,7 @@ __all__ = [
     "rank",
     "resolve_device",
     "restarts",
+    "split_like",
     "sync_balance",
     "sync_batch_norm",
     "world_size",

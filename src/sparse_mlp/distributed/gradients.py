@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
@@ -27,6 +28,13 @@ def mesh_of(tensor: Tensor) -> object:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a DTensor (collective); any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(value: Any, parameter: Tensor) -> Any:
+    """A tensor of a parameter's shape, the same on every rank, split as that is; anything else as it is."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -122,21 +123,41 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` in place; collective. CheckpointError lists missing and unexpected names and wrong shapes."""
-    reader = HuggingFaceStorageReader(str(path / "state"))
-    try:
-        metadata = reader.read_metadata().state_dict_metadata
-    except Exception as error:  # whatever a header can declare: safetensors, JSON and torch each raise their own
-        raise _damaged(path, f"state cannot be read ({_reason(error)})") from None
-    stored = {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    stored = {name: tuple(entry.size) for name, entry in _stored_tensors(path).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         check_fit(stored, expected, f"{path} does not fit this model and optimiser")
     except CheckpointMismatch as error:
         raise CheckpointError(str(error)) from None
+    _fill(path, tensors)
+
+
+def load_optimizer(path: Path, numbers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The optimiser's state by name of the parameter; collective. `numbers`: what `load_state` has of the learner."""
+    stored = {name: entry for name, entry in _stored_tensors(path).items() if name.startswith("optimizer.")}
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    _fill(path, tensors)
+    return join_tensors(numbers["optimizer"], tensors)["state"]
+
+
+def _stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Names, shapes and types of the tensors in a checkpoint's training state."""
     try:
-        quietly(dcp.load, tensors, storage_reader=reader)
+        metadata = _reader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a header can declare: safetensors, JSON and torch each raise their own
+        raise _damaged(path, f"state cannot be read ({_reason(error)})") from None
+    return {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _fill(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        quietly(dcp.load, tensors, storage_reader=_reader(path))
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _reader(path: Path) -> HuggingFaceStorageReader:
+    return HuggingFaceStorageReader(str(path / "state"))
 
 
 def clean(folder: Path) -> None:

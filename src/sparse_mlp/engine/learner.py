@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sparse_mlp.distributed import (
     gradient_norm,
     own_part,
     parallelize,
+    split_like,
 )
 from sparse_mlp.engine.batch import move_to_device, seed_torch, split_microbatches
 from sparse_mlp.engine.checkpoint import join_tensors, split_tensors
@@ -136,6 +138,16 @@ class Learner:
         options = {name: group for group in stored for name in group["params"]}
         own = get_optimizer_state_dict(self.task, self.optimizer)["param_groups"]
         return [{**options[group["params"][0]], "params": group["params"]} for group in own]  # type: ignore[index]
+
+    def begin_with(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give the optimiser this state of the parameters of these names; the others begin without one."""
+        numbers = {id(parameter): number for number, parameter in enumerate(self.parameters)}
+        own = {
+            numbers[id(p)]: {key: split_like(value, p) for key, value in state[name].items()}
+            for name, p in self.task.named_parameters()
+            if name in state
+        }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": own})
 
     def not_finite(self) -> str | None:
         """Name of a weight, or averaged weight, that holds NaN or infinity. Collective; waits for the device."""

@@ -34,6 +34,7 @@ from sparse_mlp.engine.stop import StopRequest
 from sparse_mlp.engine.task import Batch, Evaluation, Loaders, Task, called_module
 from sparse_mlp.engine.torch_settings import torch_settings
 from sparse_mlp.errors import UserError
+from sparse_mlp.weights import carry_over, classifier_names
 
 _UNKNOWN_STEPS = 1 << 40  # requested from the data of a run by time, which reads only the first ones
 
@@ -75,6 +76,28 @@ class Trainer:
     def steps(self) -> int | None:
         """Updates of the whole run; None until a run by time is over."""
         return self.length.steps
+
+    def begin_with_optimizer_of(self, run: RunFolder) -> tuple[int, int]:
+        """Begin with the optimiser's state in the newest checkpoint of another run, see `weights.carry_over`.
+
+        To be called before `fit`; collective. The learning rate still follows the schedule of this run. Returns how
+        many parameters have the other run's state, and how many begin without one. FileNotFoundError if the run has no
+        checkpoint; UserError if it had another optimiser, or if nothing of its state fits.
+        """
+        last = distributed.on_main(lambda: checkpoint.last_checkpoint(run.checkpoints))
+        if last is None:
+            raise FileNotFoundError(f"{run.path} has no checkpoint yet")
+        state = distributed.on_main(lambda: checkpoint.load_state(last))
+        if (opt := state["settings"]["optim.opt"]) != self.optim.opt:
+            raise UserError(f"optim.opt {self.optim.opt!r} cannot begin with the state of {run.path}: its was {opt!r}")
+        task = self.learner.task
+        trained = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
+        found = carry_over(checkpoint.load_optimizer(last, state["learner"]), task, _classifier(task))
+        carried = {name: values for name, values in found.items() if name in trained}
+        if not carried:
+            raise UserError(f"{run.path} has no optimiser's state of a weight that is trained here")
+        self.learner.begin_with(carried)
+        return len(carried), len(trained) - len(carried)
 
     def fit(self, *, resume: bool = False, show: bool = True) -> Evaluation:
         """Train to the end; returns the last evaluation (of the averaged weights where they are kept).
@@ -340,6 +363,14 @@ class Trainer:
         if self.log is not None:
             epoch = self.step / self.loaders.steps_per_epoch
             self.log.write(kind, self.step, epoch, self.clock.seconds(), values)
+
+
+def _classifier(task: Task) -> list[str]:
+    """Names of the parameters of the classifier, as the task has them."""
+    backbone = task.backbone()
+    names = classifier_names(backbone)
+    own = {id(parameter) for name, parameter in backbone.named_parameters() if name in names}
+    return [name for name, parameter in task.named_parameters() if id(parameter) in own]
 
 
 class _Interrupted(Exception):

@@ -34,6 +34,7 @@ from sparse_mlp.jobs.images import (
     ImageJob,
     RoutingReportOptions,
     file_names,
+    first_images,
     image_loaders,
     image_source,
     load_inputs,
@@ -116,7 +117,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         self.data = data = open_images(recipe.data, recipe.augment, self.context)
         self.loaders = image_loaders(data, recipe.data, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)
-        model = build_model(self.model_config(), data.spec)
+        model = build_model(self.model_config(), data.spec, first_images(self.loaders.train))
         self.task = (Probe if recipe.task.frozen else Classify)(model, recipe.task, class_names=data.classes)
 
     def predictions(self, evaluation: Evaluation) -> dict[str, np.ndarray]:
@@ -193,6 +194,8 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
         deploy.check_target(target, options.to)
         if options.int8 and options.to != "onnx":
             raise UserError(f"--int8 would be ignored: it is of --to onnx, not of --to {options.to}")
+        if options.weight_only and not options.int8:
+            raise UserError("--weight-only would be ignored: it is of --int8")
         parts = load_trained(run), load_model_config(run).name, load_inputs(run)
         if not options.int8:
             return deploy.usage(deploy.export(*parts, options.to, target), options.to, parts[2])
@@ -201,7 +204,7 @@ class ClassifyJob(ImageJob[ClassifyRecipe]):
             data = cls.stored(run).data
             return eval_loader(open_images(data, AugmentConfig(), Context(run, trusted=options.trust_data)), data)
 
-        return deploy.export_in_8_bits(*parts, target, batches)
+        return deploy.export_in_8_bits(*parts, target, batches, weight_only=options.weight_only)
 
 
 def evaluate_model(

@@ -22,7 +22,14 @@ from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json
 from sparse_mlp.jobs.images import log_notes, log_skipped
 from sparse_mlp.jobs.job import INPUTS, Context, EvalOptions, Job, check_export_target, evaluation_batches
-from sparse_mlp.jobs.model import build_model, check_local, load_weights, model_to_start, without_weights
+from sparse_mlp.jobs.model import (
+    begin_optimizer,
+    build_model,
+    check_local,
+    load_weights,
+    model_to_start,
+    without_weights,
+)
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.feature_maps import FeatureMaps
 from sparse_mlp.report.cost import count_macs, count_parameters
@@ -57,6 +64,7 @@ class DenseJob(Job[R]):
         if distributed.world_size() > 1:
             sync_batch_norm(self.task)
         super().prepare(run, device)
+        begin_optimizer(self.trainer, self.model_config())
 
     def finish(self, run: RunFolder, evaluation: Evaluation) -> None:
         log_skipped(self.data.bad_images())

@@ -32,6 +32,7 @@ ENDINGS = {"timm": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 
 TOLERANCE = 1e-4  # of a program's answers, relative to the largest of the model's, or absolute below 1
 _MOST_BATCH = 4096
+_BLOCK = 32  # weights that have a scale in common
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,15 @@ def export(model: nn.Module, name: str, spec: InputSpec, to: str, target: Path) 
     fixed = published is None or published.fixed_input_size
     size = spec.image_size
     images = torch.randn(3, spec.channels, size, size, generator=torch.Generator().manual_seed(0))
-    program, sizes = _traced(unroll(model), images, fixed)
     write = _write_onnx if to == "onnx" else _write_program
     with replacing(target) as temporary:
-        write(program, temporary, _metadata(name, spec))
+        try:
+            program, sizes = _traced(unroll(model), images, fixed)
+            write(program, temporary, _metadata(name, spec))
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # torch.export and the exporter each have their own, of many lines
+            raise UserError(f"model {name} cannot be exported to {to}: {_innermost(error)}") from error
         call = load(temporary, to)
         for batch in (images[:1], images, images[:2]):
             _compare(call, model, batch)
@@ -87,6 +93,13 @@ def _traced(model: nn.Module, images: Tensor, fixed: bool) -> tuple[torch.export
             _log.info("the size stays %s: %s", images.shape[-1], str(error).splitlines()[0][:200])
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     return program, f"any batch, {images.shape[-2]}x{images.shape[-1]} pixels"
+
+
+def _innermost(error: BaseException) -> str:
+    """The first line of the error that others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _metadata(name: str, spec: InputSpec) -> dict[str, str]:
@@ -150,15 +163,22 @@ def _compare(call: Any, model: nn.Module, images: Tensor) -> None:
 
 
 def export_in_8_bits(
-    model: nn.Module, name: str, spec: InputSpec, target: Path, batches: Callable[[], Iterable[Mapping[str, Tensor]]]
+    model: nn.Module,
+    name: str,
+    spec: InputSpec,
+    target: Path,
+    batches: Callable[[], Iterable[Mapping[str, Tensor]]],
+    *,
+    weight_only: bool = False,
 ) -> str:
     """Write a model as ONNX in 8 bits; returns how it is used, with its size and accuracy beside those in float32.
 
     batches: the labelled test images; where they cannot be opened, a warning says that the accuracy is not measured.
+    weight_only: the activations stay in float32.
     """
     with tempfile.TemporaryDirectory() as folder:
         whole = export(model, name, spec, "onnx", Path(folder) / "model.onnx")
-        quantize(whole.file, target)
+        (quantize_weights if weight_only else quantize)(whole.file, target)
         small = Program(target, whole.sizes, load(target, "onnx"))
         sizes = [program.file.stat().st_size / 1e6 for program in (whole, small)]
         lines = [f"# {sizes[0]:.2f} MB in float32, {sizes[1]:.2f} MB in 8 bits"]
@@ -186,6 +206,27 @@ def quantize(source: Path, target: Path) -> None:
             )  # fmt: skip
     finally:
         logging.root.setLevel(level)
+
+
+def quantize_weights(source: Path, target: Path) -> None:
+    """Weights of all matrix products in 8 bits, one scale for each 32 of a column; all else stays in float32.
+
+    The operator is onnxruntime's own, MatMulNBits of com.microsoft.
+    """
+    onnx = import_library("onnx")
+    import_library("onnxruntime")
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    level = logging.root.level
+    quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=8, block_size=_BLOCK, is_symmetric=True)
+    logging.root.setLevel(logging.ERROR)  # it tells of every product
+    try:
+        quantizer.model.replace_gemm_with_matmul()  # the layers of the experts
+        quantizer.process()
+    finally:
+        logging.root.setLevel(level)
+    with replacing(target) as temporary:
+        onnx.save(quantizer.model.model, temporary)
 
 
 def accuracy(call: Any, batches: Iterable[Mapping[str, Tensor]]) -> tuple[float, int]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.recipe import ExpertsConfig, ModelConfig
 from sparse_mlp.moe import MoeMlp
+from sparse_mlp.moe.telemetry import moe_layers
 from sparse_mlp.weights import sparsify
 
 AT_INFERENCE = ("top_k", "eval_capacity_ratio", "capacity_group", "prioritized", "renormalize")
@@ -28,20 +29,33 @@ def has_experts(config: ExpertsConfig) -> bool:
     return config.blocks is not None
 
 
-def add_experts(model: nn.Module, config: ExpertsConfig) -> None:
+def add_experts(model: nn.Module, config: ExpertsConfig, images: Callable[[], Tensor] | None = None) -> None:
     """Give a dense model the experts of its configuration, which begin as its MLPs; without some, nothing happens.
 
-    UserError, one line, for what the model or the layer cannot have.
+    `images` gives those, (B, C, H, W), that the centroids of a router are of. UserError, one line, for what the model
+    or the layer cannot have.
     """
-    if config.blocks is not None:
-        sparsify(model, **sparsify_arguments(config))
+    if config.blocks is None:
+        return
+    arguments = sparsify_arguments(config)
+    if config.router == "centroids":
+        if images is None:
+            raise UserError("model.experts.router centroids is for classification and pre-training alone")
+        arguments |= {"router": config.router, "images": images()}
+    sparsify(model, **arguments)
+
+
+def as_stored(config: ExpertsConfig) -> ExpertsConfig:
+    """The experts of a model whose weights are loaded afterwards, those of its routers too."""
+    return replace(config, router="random")
 
 
 def sparsify_arguments(config: ExpertsConfig) -> dict[str, Any]:
-    """What `sparse_mlp.sparsify` is to be called with besides the model."""
+    """What `sparse_mlp.sparsify` is to be called with besides the model and images."""
     assert config.blocks is not None
     named = {"blocks": parse_blocks(config.blocks), "num_experts": config.num_experts, "top_k": config.top_k}
-    return {**named, "init": config.init, "renormalize": config.renormalize, **config.args}
+    strength = {} if config.strength is None else {"strength": config.strength}
+    return {**named, "init": config.init, **strength, "renormalize": config.renormalize, **config.args}
 
 
 def parse_blocks(blocks: int | str) -> int | str | Sequence[int] | Sequence[str]:
@@ -80,5 +94,24 @@ def change_at_inference(config: ModelConfig, args: Mapping[str, Any]) -> ModelCo
     if not has_experts(config.experts):
         return replace(config, args={**config.args, **args})
     fields = {name: args[name] for name in ("top_k", "renormalize") if name in args}
+    for name, value in fields.items():
+        if type(value) is not type(getattr(config.experts, name)):
+            kind = "a whole number" if name == "top_k" else "True or False"
+            raise UserError(f"model.args {name}={value!r} must be {kind}")
     further = {name: value for name, value in args.items() if name not in fields}
     return replace(config, experts=replace(config.experts, **fields, args={**config.experts.args, **further}))
+
+
+def check_at_inference(trained: nn.Module, changed: nn.Module, args: Mapping[str, Any]) -> None:
+    """UserError for other arguments of a model without experts, and for a K above the one a layer was trained with.
+
+    Nothing was learned of the sum of more answers. Of both models only the structure is looked at.
+    """
+    layers = moe_layers(trained)
+    for name, value in args.items():
+        if not layers:
+            raise UserError(f"model.args {name}={value!r} would be ignored: the trained model has no experts")
+    for name, layer in moe_layers(changed).items():
+        if layer.top_k > (most := layers[name].top_k):
+            of = f"{most} of {layer.num_experts} experts an item"
+            raise UserError(f"model.args top_k={args['top_k']!r} is too many: {name} was trained with {of}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import timm
 import torch
 from timm.models import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from sparse_mlp.data import (
@@ -34,10 +34,18 @@ from sparse_mlp.data import (
 from sparse_mlp.engine import Evaluation, Loaders, RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json
-from sparse_mlp.jobs.experts import add_experts, change_at_inference, has_experts, sparsify_arguments
+from sparse_mlp.jobs.experts import (
+    add_experts,
+    as_stored,
+    change_at_inference,
+    check_at_inference,
+    has_experts,
+    sparsify_arguments,
+)
 from sparse_mlp.jobs.job import INPUTS, Context, Job, ReportOptions, check_export_target
 from sparse_mlp.jobs.kinds import job_type
 from sparse_mlp.jobs.model import (
+    begin_optimizer,
     build_model,
     check_local,
     check_model_arguments,
@@ -93,6 +101,7 @@ class ImageJob(Job[R]):
     def prepare(self, run: RunFolder, device: torch.device) -> None:
         self.check_folder(run)
         super().prepare(run, device)
+        begin_optimizer(self.trainer, self.model_config())
 
     def check_folder(self, run: RunFolder) -> None:
         """Say what was left out. UserError for a new run inside its images, where its figures would be a class."""
@@ -176,6 +185,11 @@ def image_loaders(data: Any, config: Any, seed: int) -> Loaders:
         batch_size=config.batch_size,
         steps_per_epoch=steps_per_epoch(data, config),
     )
+
+
+def first_images(loader: Callable[..., Iterable[Any]], name: str = "image") -> Callable[[], Tensor]:
+    """The images of the whole first training batch, the same on all ranks, when they are asked for."""
+    return lambda: next(iter(loader(start_step=0, steps=1, rank=0, world_size=1)))[name]
 
 
 def log_notes(notes: Sequence[str]) -> None:
@@ -268,8 +282,11 @@ def load_trained(
 
     `args`: other arguments of its experts, see `change_at_inference`. That of a pre-training has no classifier.
     """
-    config = without_weights(change_at_inference(load_model_config(run), args or {}))
-    model = build_model(config, spec or load_inputs(run))
+    stored, args, spec = without_weights(load_model_config(run)), args or {}, spec or load_inputs(run)
+    model = build_model(change_at_inference(stored, args), spec)
+    if args:
+        with torch.device("meta"):
+            check_at_inference(build_model(stored, spec), model, args)
     if run.config().get("kind") == "pretrain":
         model.reset_classifier(0)  # type: ignore[operator]
     load_weights(model, checkpoint or run.path)
@@ -354,7 +371,7 @@ def export_backbone(config: ModelConfig, spec: InputSpec, run: RunFolder, target
     if published is not None and published.fixed_input_size:
         arguments["img_size"] = spec.image_size
     model = timm.create_model(config.name, **arguments)
-    add_experts(model, config.experts)
+    add_experts(model, as_stored(config.experts))
     load_weights(model, run.path, new_head=True)
     kept = model.state_dict()
     metadata = {"format": "pt", "model": config.name, "args": json.dumps(arguments)}

@@ -91,6 +91,9 @@ class ProgramOptions:
     int8: bool = False
     """Weights of matrix products in 8 bits (ONNX); the accuracy that is kept on the run's test set is printed."""
 
+    weight_only: bool = False
+    """With --int8: leave the activations in float32. Left out: they are in 8 bits too, which is faster."""
+
     trust_data: bool = False
     """With --int8: open the data that the run folder names even if that can execute or fetch something."""
 

@@ -75,6 +75,8 @@ class KnnJob(ImageJob[KnnRecipe]):
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
         """There is no trainer."""
+        if self.recipe.model.optimizer_state:
+            raise UserError("model.optimizer_state would be ignored: nothing is trained")
         self.check_folder(run)
 
     def fit(self, run: RunFolder, device: torch.device, *, resume: bool, show: bool) -> Evaluation:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +15,18 @@ import timm
 import torch
 from timm.layers import PatchEmbed
 from timm.models import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_mlp import weights
 from sparse_mlp.data import InputSpec, is_remote
-from sparse_mlp.engine import RunFolder
+from sparse_mlp.engine import RunFolder, Trainer
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.experts import add_experts, check_experts, has_experts
+from sparse_mlp.jobs.experts import add_experts, as_stored, check_experts, has_experts
 from sparse_mlp.jobs.recipe import ModelConfig
 from sparse_mlp.models import registered_names
 from sparse_mlp.tasks.features import skip_final_norm
+
+_log = logging.getLogger(__name__)
 
 _FROM_DATA = ("img_size", "in_chans", "num_classes")
 _FIELDS = {
@@ -31,12 +35,14 @@ _FIELDS = {
     "pretrained_cfg": "model.pretrained",
     "pretrained_cfg_overlay": "model.pretrained",
 }  # arguments with a field of their own
+_SAME_NEURONS = ("copy", "noise")  # starts of experts whose weights are those of the MLP, one by one
 _RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names, the same for all models
 
 
-def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
+def build_model(config: ModelConfig, spec: InputSpec, images: Callable[[], Tensor] | None = None) -> nn.Module:
     """The timm model for images as `spec` describes them, after a trial forward pass.
 
+    `images` gives some of them, (B, C, H, W), for experts that begin with what the model makes of these.
     UserError, one line, for an unknown name (with the nearest ones), arguments the model does not take, an image size
     it cannot have, or weights that do not fit.
     """
@@ -60,21 +66,23 @@ def build_model(config: ModelConfig, spec: InputSpec) -> nn.Module:
         raise UserError(f"model {config.name}: {_explain(error, config.name)}") from error
     if not config.final_norm:
         skip_final_norm(model)
-    load_start(model, config)
+    load_start(model, config, images)
     return model
 
 
-def load_start(model: nn.Module, config: ModelConfig) -> None:
+def load_start(model: nn.Module, config: ModelConfig, images: Callable[[], Tensor] | None = None) -> None:
     """Give a dense model the weights that it starts from, and its experts: these begin as its MLPs, unless the weights
     are of a model that had them already."""
     path = None if config.weights is None else weights_file(Path(config.weights))
     sparse = path is not None and has_experts(config.experts) and weights.have_experts(path)
     if sparse:
+        if config.experts.router != "random":
+            raise UserError(f"model.experts.router {config.experts.router} would be ignored: {path} has routers")
         add_experts(model, config.experts)
     if path is not None:
         load_weights(model, path, new_head=True)
     if not sparse:
-        add_experts(model, config.experts)
+        add_experts(model, config.experts, images)
 
 
 def check_model_arguments(config: ModelConfig) -> None:
@@ -88,11 +96,35 @@ def check_model_arguments(config: ModelConfig) -> None:
         if name in _RATES and not (isinstance(value, int | float) and 0 <= value < 1):
             raise UserError(f"model.args {name}={value!r} is not a share in [0, 1)")
     check_experts(config.experts)
+    if config.optimizer_state:
+        _check_optimizer_state(config)
+
+
+def _check_optimizer_state(config: ModelConfig) -> None:
+    """UserError unless the model begins with the weights of a run, and its experts with the weights of its MLPs."""
+    if config.weights is None or not _is_run(Path(config.weights)):
+        given = "is not given" if config.weights is None else f"{config.weights} is none"
+        raise UserError(f"model.optimizer_state needs a run folder as model.weights, which {given}")
+    if config.experts.init not in _SAME_NEURONS:
+        allowed = " or ".join(_SAME_NEURONS)
+        raise UserError(
+            f"model.optimizer_state is of the dense weights: model.experts.init must be {allowed}, "
+            f"not {config.experts.init}"
+        )
+
+
+def begin_optimizer(trainer: Trainer, config: ModelConfig) -> None:
+    """Give a new run's optimiser the state of the run that its model begins with, if the configuration says so."""
+    if not config.optimizer_state:
+        return
+    assert config.weights is not None
+    carried, new = trainer.begin_with_optimizer_of(RunFolder.open(config.weights))
+    _log.info(f"the optimiser begins with the state of {config.weights} for {carried} weights, without one for {new}")
 
 
 def without_weights(config: ModelConfig) -> ModelConfig:
-    """A model's configuration without the weights that it started from."""
-    return replace(config, pretrained=False, weights=None)
+    """A model's configuration without the weights, and the state, that it started from."""
+    return replace(config, pretrained=False, weights=None, optimizer_state=False, experts=as_stored(config.experts))
 
 
 def model_to_start(config: ModelConfig, run: RunFolder | None, trusted: bool) -> ModelConfig:
@@ -130,7 +162,11 @@ def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) 
 
 def weights_file(path: Path) -> Path:
     """The file of weights that a path names: itself, or the newest one of a run folder."""
-    return RunFolder.open(path).weights() if path.is_dir() and (path / "config.json").is_file() else path
+    return RunFolder.open(path).weights() if _is_run(path) else path
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.json").is_file()
 
 
 def _nearest_models(name: str) -> list[str]:

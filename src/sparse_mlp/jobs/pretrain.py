@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from sparse_mlp.distributed import MeshConfig
 from sparse_mlp.engine import Batch, Evaluation, Loaders, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.classify import predict_pictures
-from sparse_mlp.jobs.images import ImageJob, RoutingReportOptions, load_inputs, load_trained, open_images
+from sparse_mlp.jobs.images import ImageJob, RoutingReportOptions, first_images, load_inputs, load_trained, open_images
 from sparse_mlp.jobs.job import Context, PredictOptions, Row
 from sparse_mlp.jobs.model import build_model
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
@@ -83,9 +83,11 @@ class PretrainJob(ImageJob[PretrainRecipe]):
         per_epoch = steps_per_epoch(data, recipe.data)
         _check_bank(recipe, data)
         torch.manual_seed(recipe.train.seed)
-        self.task = Moco(_backbone(self.model_config(), data.spec), recipe.task, num_classes=len(data.classes))
+        train = partial(view_loader, data, recipe.data, recipe.train.seed)
+        backbone = _backbone(self.model_config(), data.spec, first_images(train, "view1"))
+        self.task = Moco(backbone, recipe.task, num_classes=len(data.classes))
         self.loaders = Loaders(
-            train=partial(view_loader, data, recipe.data, recipe.train.seed),
+            train=train,
             evaluate=partial(_eval_batches, data, recipe),
             batch_size=size,
             steps_per_epoch=per_epoch,
@@ -132,9 +134,9 @@ def bank_images(recipe: PretrainRecipe, data: ImageData) -> np.ndarray:
     return np.sort(chosen)
 
 
-def _backbone(config: ModelConfig, spec: InputSpec) -> nn.Module:
+def _backbone(config: ModelConfig, spec: InputSpec, images: Callable[[], torch.Tensor]) -> nn.Module:
     try:
-        return build_model(config, spec)
+        return build_model(config, spec, images)
     except UserError as error:
         patch = _patch_size(config)
         if patch is not None and patch > spec.image_size:

@@ -72,7 +72,15 @@ class ExpertsConfig:
     """How many of them an item goes to."""
 
     init: Literal["copy", "noise", "drop", "sample", "random"] = "copy"
-    """What they begin as: the MLP, the MLP with noise, with half of its neurons redrawn or left out, or new weights."""
+    """What they begin as: the MLP; the MLP with noise, or a share of its neurons redrawn or left out; new weights."""
+
+    strength: float | None = None
+    """Of noise: in standard deviations of each weight, 0.01 if left out. Of drop and sample: the share of the neurons
+    that are redrawn, or kept; 0.5 if left out."""
+
+    router: Literal["random", "centroids"] = "random"
+    """What routers begin as: random weights, or the centroids of what the MLPs get of the first training batch, as in
+    cluster-aware upcycling (classification and pre-training). With these, sample draws neurons by their activation."""
 
     renormalize: bool = True
     """Gates that add up to 1, with which the model's answers are at first those of the dense one."""
@@ -103,6 +111,11 @@ class ModelConfig:
     """Start from the weights in this file (.safetensors, .pth, a published Mixer .npz, or a run folder); the head stays
     new where the classes are others."""
 
+    optimizer_state: bool = False
+    """Begin also with the state that the optimiser had in the run of `weights`, at its newest checkpoint: its moments
+    and the number of its steps, not its learning rate. Each expert has that of the MLP it begins as (Sparse Upcycling,
+    section 3); a router, and a classifier of other classes, begin without."""
+
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
 
@@ -111,8 +124,9 @@ class InferenceConfig:
     """What may differ in a trained model when it is used."""
 
     args: Arguments = field(default_factory=dict)
-    """Other arguments of the experts than the model was trained with: top_k=..., eval_capacity_ratio=...,
-    capacity_group=..., prioritized=True, renormalize=..., as the model or its experts take them."""
+    """Other arguments of the experts than the model was trained with: top_k=... (not more than then),
+    eval_capacity_ratio=..., capacity_group=..., prioritized=True, renormalize=..., as the model or its experts take
+    them."""
 
 
 @dataclass(frozen=True)

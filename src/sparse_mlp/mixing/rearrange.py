@@ -20,10 +20,12 @@ __all__ = ["merge_regions", "split_regions"]
 def _take(x: Tensor, axis: int, start: int, length: int) -> Tensor:
     """Read `length` positions along `axis` from `start` on, going round the circle as often as needed."""
     size = x.shape[axis]
-    if start == 0 and length == size:
+    # an exported program is for sizes that are whole regions and for those that are not
+    if start == 0 and not torch.compiler.is_exporting() and length == size:
         return x
-    index = (torch.arange(length, device=x.device) + start) % size
-    return x.index_select(axis, index)
+    index = torch.arange(length, device=x.device) + start
+    # the divisor as a tensor: torch's ONNX exporter takes no size that varies as a number there
+    return x.index_select(axis, index.remainder(torch.full((), size, device=x.device)))
 
 
 @register_notrace_function

@@ -137,8 +137,11 @@ def from_mlp(layer_type: type[MoeMlp], mlp: nn.Module, num_experts: int, top_k: 
     return layer.train(mlp.training)
 
 
-def expert_weights(state: Mapping[str, Tensor], layer: MoeMlp, parts: Parts) -> Weights:
-    """The weights of `layer`'s experts, as its state dict names them, each expert being the MLP of this state dict."""
+def expert_weights(state: Mapping[str, Tensor], layer: MoeMlp, parts: Parts, *, divide: bool = True) -> Weights:
+    """The weights of `layer`'s experts, as its state dict names them, each expert being the MLP of this state dict.
+
+    `divide`: the last map by 1 + s where there are s shared experts, see `from_mlp`.
+    """
 
     def stacked(names: tuple[str, ...], experts: int, leaf: str, share: float = 1.0) -> Tensor:
         values = [state[f"{name}.{leaf}"] for name in names]
@@ -146,7 +149,7 @@ def expert_weights(state: Mapping[str, Tensor], layer: MoeMlp, parts: Parts) -> 
         return (value if share == 1.0 else value * share).expand(experts, *value.shape).clone()
 
     weights: Weights = {}
-    share = 1 / (1 + layer.shared_experts)
+    share = 1 / (1 + layer.shared_experts) if divide else 1.0
     for prefix, experts in (("experts", layer.num_experts), ("shared", layer.shared_experts)):
         if not experts:
             continue

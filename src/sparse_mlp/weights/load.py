@@ -31,7 +31,7 @@ def load(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
     if isinstance(model, FeatureGetterNet):
         stored = {name: value for name, value in stored.items() if name in own}
     kept = set()
-    for name in _classifier(body) if new_head else ():
+    for name in classifier_names(body) if new_head else ():
         if name not in own:
             stored.pop(name, None)
         elif name not in stored or stored[name].shape != own[name].shape:
@@ -45,8 +45,8 @@ def load(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
     body.load_state_dict(stored)
 
 
-def _classifier(model: nn.Module) -> list[str]:
-    """Names of the classifier's weights."""
+def classifier_names(model: nn.Module) -> list[str]:
+    """Names of the weights of a timm model's classifier; none for another model."""
     prefixes = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
     return [f"{prefix}.{kind}" for prefix in prefixes for kind in ("weight", "bias")]

@@ -48,7 +48,7 @@ def sparsify(
 
     Each expert begins as the MLP (Sparse Upcycling, Komatsuzaki et al. 2023), so that with `renormalize` and without a
     capacity the model's answers stay what they were. Weights are to be loaded before; later ones of a dense model do
-    not fit. State that an optimiser has of the MLPs is not carried over.
+    not fit. State that an optimiser has of the MLPs is carried over by `moments.carry_over`.
 
     Args:
         blocks: a number for the last ones, indices, "last-2", "every-2", or names; see `models._blocks.choose_mlps`.
