@@ -33,7 +33,7 @@ RUNS = {
         "None",
         "--data.batch-size",
         "2",
-        "--data.size",
+        "--data.image-size",
         "96",
     ],
     "detect": ["coco_small_retinanet", "--train.steps", "2", "--train.epochs", "None"],

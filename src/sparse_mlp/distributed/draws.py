@@ -7,6 +7,7 @@ are those of one process to the bit; on GPUs dropout alone draws others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -52,18 +53,28 @@ class _OwnRows(TorchFunctionMode):
         if func is Tensor.bernoulli_:
             return args[0].copy_(own_rows(args[0], lambda everyone: everyone.bernoulli_(*args[1:], **kwargs)))
         if func is F.dropout:
-            return _dropout(*args, **kwargs)
+            return _dropout(lambda x: x, *args, **kwargs)
+        if func in (F.dropout1d, F.dropout2d, F.dropout3d):
+            return _dropout(_first_of_channel, *args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _dropout(
+    kept_as: Callable[[Tensor], Tensor], input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """Dropout of what `kept_as` makes of the input: of its numbers, or of its channels."""
     if not training or p == 0:
         return input
     if p == 1:
         kept = torch.zeros_like(input)
     else:
-        kept = own_rows(input, lambda everyone: everyone.bernoulli_(1 - p).div_(1 - p))
+        kept = own_rows(kept_as(input), lambda everyone: everyone.bernoulli_(1 - p).div_(1 - p))
     return input.mul_(kept) if inplace else input * kept
+
+
+def _first_of_channel(x: Tensor) -> Tensor:
+    """(B, C, ...) -> (B, C, 1, ...)."""
+    return x[(slice(None), slice(None), *[slice(1)] * (x.ndim - 2))]
 
 
 def own_rows(like: Tensor, draw: Any) -> Tensor:
