@@ -76,6 +76,12 @@ def test_multiply_adds_are_those_of_a_real_step(monkeypatch: pytest.MonkeyPatch)
     assert cost.flops == pytest.approx(counter.get_total_flops(), abs=biases, rel=0.01)
 
 
+def test_multiply_adds_of_convolutions_in_groups() -> None:
+    """EfficientNet-B0 has 0.39 G for an image of 224 pixels (Tan and Le, 2019, table 1), backward twice as many."""
+    cost = measure(build("efficientnet_b0"), 2, 3, 224)
+    assert cost.flops / 2 == pytest.approx(2 * 3 * 0.39e9, rel=0.05)
+
+
 def test_rows_and_types_of_the_layers() -> None:
     """Sparse-T/4 inside its sparse blocks: 128 tokens of 64 channels; one image has 64 channel items, K = 1, and 128
     token items, K = 2. With a capacity each expert has the same rows, used or not."""
