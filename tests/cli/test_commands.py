@@ -144,6 +144,29 @@ def test_info_of_a_run(run: Run, trained: Path):
     assert code == 0 and "1x8x8" in out and "blocks.1.mlp_tokens" in out
 
 
+def test_info_plans_for_gpus_and_says_what_it_assumes(run: Run):
+    code, out, _ = run("info", "sparse_mlp_t4_32", "--gpus", "4", "--batch", "64", "--link", "12")
+    rows = [line.strip() for line in out.splitlines() if " x " in line]
+    assert code == 0 and len(rows) == 1 + 6, "a header; 4 x 1, 2 x 2, 1 x 4, each sharded or not"
+    assert "a step of 64 images on 4 GPUs, 16 each" in out
+    assert "Times are estimates, not measured" in out and "12 GB/s beyond" in out
+
+
+def test_info_of_a_plan_names_the_meshes_that_do_not_fit(run: Run):
+    _, out, _ = run("info", "sparse_mlp_t4_32", "--gpus", "4", "--memory", "0.01")
+    assert out.count("over 0.01 GiB") == 6
+
+
+def test_info_plans_for_a_model_that_no_machine_here_could_hold(run: Run):
+    _, out, _ = run("info", "sparse_mlp_t4_32", "--args", "num_experts=(4096,4096)", "--gpus", "4096", "--amp", "bf16")
+    assert "4,096 GPUs, 64 each" in out and "14 more meshes, each behind these" in out
+
+
+def test_info_plans_for_a_run(run: Run, trained: Path):
+    code, out, _ = run("info", trained, "--gpus", "2", "--batch", "8")
+    assert code == 0 and "1 x 2" in out
+
+
 def test_models_lists_ours_and_on_request_all(run: Run):
     assert "sparse_mlp_b16_224" in run("models")[1]
     code, out, _ = run("models", "mixer_b16", "--all")

@@ -82,6 +82,12 @@ def test_the_flags_of_the_nearest_neighbours_are_frozen(run: Run):
     assert shown == {*kept, "--task.k", "--task.temperature", "--device"}
 
 
+INFO_FLAGS = """
+--args --image-size --channels --classes --gpus --batch --amp --expert --states --memory --tflops --bandwidth --node
+--node-link --link --latency
+"""
+
+
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
@@ -89,7 +95,7 @@ def test_the_flags_of_the_nearest_neighbours_are_frozen(run: Run):
         ("report", ["--out"]),
         ("recipes", []),
         ("models", ["--all", "--no-all"]),
-        ("info", ["--args", "--image-size", "--channels", "--classes"]),
+        ("info", INFO_FLAGS.split()),
         ("export", ["--to", "--int8", "--no-int8", "--trust-data", "--no-trust-data"]),
     ],
 )

@@ -1,11 +1,13 @@
-"""`sparse-mlp info`: where a model's parameters and multiply-adds are, and what its experts look like."""
+"""`sparse-mlp info`: where a model's parameters and multiply-adds are, what its experts look like, and with `--gpus`
+what training it on so many would need."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 import tyro
 from rich.table import Table
 from timm.models import get_pretrained_cfg
@@ -14,7 +16,10 @@ from torch import nn
 from sparse_mlp import jobs
 from sparse_mlp.cli.output import console, table
 from sparse_mlp.cli.parse import parse
+from sparse_mlp.cli.plan import show_plans
 from sparse_mlp.data import InputSpec
+from sparse_mlp.distributed.cost import measure
+from sparse_mlp.distributed.plan import Hardware, plans
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import ModelConfig
 from sparse_mlp.jobs.images import load_inputs, load_model_config
@@ -41,15 +46,52 @@ class InfoArguments:
     classes: int | None = None
     """Number of classes. Left out: the model's own."""
 
+    gpus: int | None = None
+    """Show instead what training on so many GPUs needs: memory, bytes sent and time for every mesh, best first."""
+
+    batch: int | None = None
+    """Images in a step of all GPUs together. Left out: 64 for each."""
+
+    amp: Literal["bf16", "fp16"] | None = None
+    """Type of matrix products, as in training with it. Left out: float32."""
+
+    expert: int | None = None
+    """Only meshes on which so many GPUs share the experts."""
+
+    states: int | None = None
+    """Numbers the optimiser keeps a weight. Left out: 2, as AdamW; SGD with momentum and Lion keep 1."""
+
+    memory: float | None = None
+    """GiB of a GPU. Left out: 80."""
+
+    tflops: float | None = None
+    """TFLOP/s that products reach on a GPU. Left out: 400 with --amp, 27 without (two fifths of an H100's peak)."""
+
+    bandwidth: float | None = None
+    """TB/s of a GPU's memory. Left out: 3.35 (H100)."""
+
+    node: int | None = None
+    """GPUs of a machine. Left out: 8."""
+
+    node_link: float | None = None
+    """GB/s that a GPU sends within its machine. Left out: 450 (NVLink of H100)."""
+
+    link: float | None = None
+    """GB/s that a GPU sends to other machines. Left out: 50 (400 Gb/s a GPU)."""
+
+    latency: float | None = None
+    """Microseconds that a message costs whatever its size. Left out: 5."""
+
 
 def run(arguments: list[str]) -> int:
-    description = "Parameters, multiply-adds for one image and experts of a model, module by module."
+    description = (
+        "Parameters, multiply-adds for one image and experts of a model, module by module; or a plan for N GPUs."
+    )
     given = parse(InfoArguments, arguments, prog="info", description=description)
-    for name in ("image_size", "channels", "classes"):
-        value = getattr(given, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    _check(given)
     config, spec = _resolve(given)
+    if given.gpus is not None:
+        return _plan(given, given.gpus, config, spec)
     model = jobs.build_model(config, spec)
     macs = count_macs(model, spec.channels, spec.image_size)
     out = console()
@@ -62,6 +104,35 @@ def run(arguments: list[str]) -> int:
     experts = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoeMlp)}
     if experts:
         out.print(_experts(experts, macs))
+    return 0
+
+
+_AT_LEAST_ONE = ("image_size", "channels", "classes", "gpus", "batch", "expert", "states", "node")
+_HARDWARE = tuple(field.name for field in fields(Hardware))
+_OF_A_PLAN = ("batch", "amp", "expert", "states", *_HARDWARE)
+
+
+def _check(given: InfoArguments) -> None:
+    for name in _AT_LEAST_ONE:
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1".replace("_", "-"))
+    for name in _OF_A_PLAN:
+        if given.gpus is None and getattr(given, name) is not None:
+            raise UserError(f"--{name} has no effect without --gpus".replace("_", "-"))
+
+
+def _plan(given: InfoArguments, gpus: int, config: ModelConfig, spec: InputSpec) -> int:
+    batch = 64 * gpus if given.batch is None else given.batch
+    if batch % gpus:
+        raise UserError(f"--batch {batch} cannot be divided by {gpus} GPUs")
+    hardware = Hardware(**{name: value for name in _HARDWARE if (value := getattr(given, name)) is not None})
+    states = 2 if given.states is None else given.states
+    with torch.device("meta"):
+        model = jobs.build_model(without_weights(config), spec)
+    cost = measure(model, batch // gpus, spec.channels, spec.image_size, given.amp)
+    found = plans(cost, gpus, hardware, states=states, expert=given.expert)
+    show_plans(console(), config.name, cost, found, hardware)
     return 0
 
 

@@ -2,6 +2,10 @@
 
 `torch.nn.functional.grouped_mm` takes the counts as they lie on the device, so that nothing waits for them, and the
 experts' weights as they are. Widths that are no multiple of 16 bytes, which it refuses, are padded here.
+
+Not where every expert has as many rows: that is one batched product, as the definition has it. And not on a GPU that
+has no kernel for it, for there torch copies the counts to the host and loops over the experts, which neither a CUDA
+graph nor a queue of work that never waits can have; the definition copies weights instead.
 """
 
 from __future__ import annotations
@@ -19,9 +23,23 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serves(args: tuple[Any, ...]) -> bool:
-    """Whether grouped products exist for these: rows in one of the types, on a real device."""
-    rows_MD = args[0]
-    return isinstance(rows_MD, Tensor) and rows_MD.dtype in TYPES and rows_MD.device.type != "meta"
+    """Whether grouped products exist for these: rows in one of the types, and counts of them, on a real device."""
+    rows_MD, counts_E = args[:2]
+    if not isinstance(rows_MD, Tensor) or counts_E is None or rows_MD.dtype not in TYPES:
+        return False
+    if rows_MD.device.type == "cuda":
+        return has_kernel(rows_MD.dtype, *_gpu(rows_MD.device.index))
+    return rows_MD.device.type != "meta"
+
+
+def has_kernel(dtype: torch.dtype, major: int, nvidia: bool = True) -> bool:
+    """Whether torch has a grouped product of this type on a GPU of this compute capability: since Hopper, bfloat16."""
+    return dtype == torch.bfloat16 and major in (9, 10) and nvidia
+
+
+@torch.compiler.assume_constant_result
+def _gpu(index: int) -> tuple[int, bool]:
+    return torch.cuda.get_device_capability(index)[0], torch.version.hip is None
 
 
 @custom_op("sparse_mlp::grouped_product", mutates_args=())
@@ -90,11 +108,9 @@ def _outer_flops(rows_shape, grad_shape, *args, **kwargs) -> int:  # type: ignor
 
 
 def apply_experts(
-    rows_MD: Tensor, counts_E: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str
+    rows_MD: Tensor, counts_E: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str
 ) -> Tensor:
     """See `experts.apply_experts`."""
-    if counts_E is None:
-        counts_E = torch.full((w1.shape[0],), rows_MD.shape[0] // w1.shape[0], device=rows_MD.device)
     ends_E = counts_E.cumsum(0).to(torch.int32)
     ones_M1 = rows_MD.new_ones(rows_MD.shape[0], 1)  # biases as products too: their gradients are sums over rows
     hidden_MH = product(rows_MD, w1, ends_E) + product(ones_M1, b1.unsqueeze(1), ends_E)
@@ -102,10 +118,8 @@ def apply_experts(
     return product(act_MH, w2, ends_E) + product(ones_M1, b2.unsqueeze(1), ends_E)
 
 
-def expert_linear(rows_MD: Tensor, counts_E: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+def expert_linear(rows_MD: Tensor, counts_E: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `general_experts.expert_linear`."""
-    if counts_E is None:
-        counts_E = torch.full((weight.shape[0],), rows_MD.shape[0] // weight.shape[0], device=rows_MD.device)
     ends_E = counts_E.cumsum(0).to(torch.int32)
     y_MN = product(rows_MD, weight, ends_E)
     return y_MN if bias is None else y_MN + product(rows_MD.new_ones(rows_MD.shape[0], 1), bias.unsqueeze(1), ends_E)
