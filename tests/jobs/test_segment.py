@@ -142,6 +142,12 @@ def test_its_program_gives_logits_at_the_size_of_the_image(
             torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
 
 
+def test_routing_of_own_pictures_is_not_of_this_kind(run: Run, root: Path, capsys):
+    assert main(["report", str(run.path), "--images", str(root / "val" / "images")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--images" in error
+
+
 def test_eight_bits_are_not_of_this_kind(run: Run, tmp_path: Path, capsys):
     assert main(["export", str(run.path), str(tmp_path / "blocks.onnx"), "--to", "onnx", "--int8"]) == 2
     assert "--int8 is for runs of the kind classify" in " ".join(capsys.readouterr().err.split())
