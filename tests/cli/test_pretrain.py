@@ -34,6 +34,11 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_pretraining_is_no_program(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(pretrained), str(tmp_path / "model.onnx"), "--to", "onnx"]) == 2
+    assert "of the kind pretrain cannot be exported to onnx" in " ".join(capsys.readouterr().err.split())
+
+
 def lines(folder: Path, *kinds: str) -> list[dict]:
     clock = {"time", "items_per_s", "data_time"}
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -105,7 +105,7 @@ def _rounded(weight: torch.Tensor) -> torch.Tensor:
 def test_onnx_of_a_pyramid_takes_two_sizes(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=3).eval()
+    model = timm.create_model(name, num_classes=3, depths=[1, 1, 1, 1]).eval()
     torch.nn.init.normal_(model.get_classifier().weight)
     spec = InputSpec(("a", "b", "c"), 3, 64, (0.5,) * 3, (0.5,) * 3, 1.0)
     program = deploy.export(model, name, spec, "onnx", tmp_path / "model.onnx")

@@ -175,6 +175,13 @@ def test_the_exported_weights_are_the_whole_detector(run, tmp_path):
     assert weights.keys() == model.state_dict().keys()
 
 
+def test_a_detector_is_no_program(run, tmp_path, capsys):
+    assert main(["export", str(run.path), str(tmp_path / "detector.onnx"), "--to", "onnx"]) == 2
+    assert "of the kind detect cannot be exported to onnx: only its weights" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_a_run_without_its_data_is_reported_without_pictures(run, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(run.path, moved)

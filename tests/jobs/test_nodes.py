@@ -137,6 +137,11 @@ def test_features_that_do_not_fit_are_named(run, tmp_path, write, message):
         run.predict(tmp_path / "features.npy")
 
 
+def test_a_network_of_nodes_is_no_program(run, tmp_path, capsys):
+    assert main(["export", str(run.path), str(tmp_path / "network.pt2"), "--to", "torch-export"]) == 2
+    assert "of the kind nodes cannot be exported to torch-export" in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_exported_network_loads_as_is_printed(run, tmp_path, folder):
     code = run.export(tmp_path / "network.safetensors")
     names: dict = {}

@@ -18,7 +18,7 @@ from sparse_mlp.cli.main import main
 from sparse_mlp.data.segmentation_config import SegmentationConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs import ModelConfig, Run, to_json
+from sparse_mlp.jobs import ModelConfig, Run, deploy, to_json
 from sparse_mlp.jobs.segment import HeadConfig, SegmentRecipe
 
 TINY = ModelConfig("cycle_mlp_b1", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "drop_path_rate": 0.1})
@@ -118,6 +118,39 @@ def test_a_file_that_is_no_image_does_not_stop_the_others(run: Run, root: Path, 
     good = root / "val" / "images" / "0.png"
     rows = run.predict(tmp_path / "bad.png", good, pictures=str(tmp_path / "p"))
     assert "error" in rows[0] and rows[1]["class_1"] in ("red", "green", "blue")
+
+
+@pytest.mark.slow  # the exporters
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
+@pytest.mark.parametrize(
+    ("to", "ending", "sizes"), [("onnx", ".onnx", ((32, 32), (64, 96))), ("torch-export", ".pt2", ((32, 32),))]
+)
+def test_its_program_gives_logits_at_the_size_of_the_image(
+    run: Run, to: str, ending: str, sizes: tuple, tmp_path: Path, capsys
+):
+    """torch.export sets a last map of one position apart, which that of 32 pixels is."""
+    pytest.importorskip("onnxscript")
+    target = tmp_path / f"blocks{ending}"
+    assert main(["export", str(run.path), str(target), "--to", to]) == 0
+    assert ("any size that the model takes" in capsys.readouterr().out) == (len(sizes) > 1)
+    call, model = deploy.load(target, to), run.load()
+    for height, width in sizes:
+        images = torch.randn(2, 3, height, width)
+        logits = call(images)
+        assert logits.shape == (2, 3, height, width)
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_routing_of_own_pictures_is_not_of_this_kind(run: Run, root: Path, capsys):
+    assert main(["report", str(run.path), "--images", str(root / "val" / "images")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--images" in error
+
+
+def test_eight_bits_are_not_of_this_kind(run: Run, tmp_path: Path, capsys):
+    assert main(["export", str(run.path), str(tmp_path / "blocks.onnx"), "--to", "onnx", "--int8"]) == 2
+    assert "--int8 is for runs of the kind classify" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_model_can_be_loaded_and_exported(run: Run, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 import sparse_mlp
+from sparse_mlp.jobs import to_json
 from sparse_mlp.moe import MoeMlp, telemetry
-from sparse_mlp.report import ImageSource, Samples
+from sparse_mlp.report import ImageSource, Samples, write_routing_report
 from sparse_mlp.report.explore import ExploreSection, embed, explore_section, images_to_explore
 from sparse_mlp.report.routing import spatial_filters, trace
 from sparse_mlp.report.vocabulary import CROP, crop, vocabularies
@@ -227,3 +229,24 @@ def test_all_images_are_looked_at_while_that_takes_no_time() -> None:
     few = images_to_explore(50_000, 10**10)
     assert len(few) == 200 and few[0] == 0 and few[-1] == 49_999
     assert images_to_explore(0, None) == []
+
+
+@pytest.mark.slow  # a vision transformer at its own size
+def test_the_page_of_two_dozen_photos_stays_below_five_megabytes(tmp_path: Path) -> None:
+    """Of a timm ViT with experts in every second block; the pictures are as rich in detail as photos are."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    sparse_mlp.sparsify(model, "every-2", 8)
+    sides = (4, 16, 56, 224)
+    scales = [nn.functional.interpolate(torch.randn(24, 3, side, side), 224, mode="bicubic") for side in sides]
+    images = torch.stack(scales).mean(0)
+
+    def read(indices: list[int]) -> Samples:
+        number = torch.tensor(indices)
+        return Samples(images[number], number, number, (0.5,) * 3, (0.25,) * 3)
+
+    (tmp_path / "config.json").write_text(json.dumps(to_json(sparse_mlp.recipe("digits_sparse"))))
+    source = ImageSource(read, range(24), 24, [f"{i}.jpg" for i in range(24)])
+    page = write_routing_report(tmp_path, model.eval(), source, [str(i) for i in range(10)])
+    assert "23.jpg" in page.read_text()
+    assert page.stat().st_size < 5_000_000

@@ -18,9 +18,9 @@ _DESCRIPTION = """Write the model of a run as a file that is used without this p
     sparse-mlp export runs/digits_sparse model.onnx --to onnx
     sparse-mlp export runs/digits_sparse small.onnx --to onnx --int8 --weight-only
 
-timm: the backbone as bare weights without a classifier. onnx, torch-export: the whole classifier as a program, which is
-compared with the model. The newest checkpoint is taken, with the averaged weights where the run kept them. The code
-that uses the file is printed."""
+timm: the backbone as bare weights without a classifier. onnx, torch-export: the whole classifier or segmenter as a
+program, which is compared with the model. The newest checkpoint is taken, with the averaged weights where the run kept
+them. The code that uses the file is printed."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ ENDINGS = {"timm": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 
 TOLERANCE = 1e-4  # of a program's answers, relative to the largest of the model's, or absolute below 1
 _MOST_BATCH = 4096
+_LEAST = 128  # pixels at which the last map has several positions: a tracer takes a side of 1 for one that stays 1
+_OTHER = 32  # pixels that an image of the other size has more on one side
 _BLOCK = 32  # weights that have a scale in common
 
 
@@ -54,45 +56,76 @@ def check_target(target: Path, to: str) -> None:
         raise FileNotFoundError(f"{target} cannot be written: there is no folder {target.parent}")
 
 
-def export(model: nn.Module, name: str, spec: InputSpec, to: str, target: Path) -> Program:
+class _Differs(RuntimeError):
+    """A program's answers are not the model's."""
+
+
+def export(
+    model: nn.Module, name: str, spec: InputSpec, to: str, target: Path, *, fixed: bool | None = None
+) -> Program:
     """Write a model's program after its answers have been compared with the model's.
 
-    The batch is dynamic, and the size where the model takes images of any.
+    The batch is dynamic, and the size too unless the model takes only one (`fixed`; left out: as timm says of `name`)
+    or the exporter cannot leave it open. UserError for a model that cannot be exported.
     """
     check_target(target, to)
-    published = get_pretrained_cfg(name)
-    fixed = published is None or published.fixed_input_size
-    size = spec.image_size
-    images = torch.randn(3, spec.channels, size, size, generator=torch.Generator().manual_seed(0))
-    write = _write_onnx if to == "onnx" else _write_program
-    with replacing(target) as temporary:
+    if fixed is None:
+        published = get_pretrained_cfg(name)
+        fixed = published is None or published.fixed_input_size
+    unrolled, metadata = unroll(model), _metadata(name, spec)
+    for any_size in (False,) if fixed else (True, False):
         try:
-            program, sizes = _traced(unroll(model), images, fixed)
-            write(program, temporary, _metadata(name, spec))
+            with replacing(target) as temporary:
+                sizes, call = _write(unrolled, model, spec, to, temporary, metadata, any_size)
+            return Program(target, sizes, call)
         except (UserError, OSError):
             raise
         except Exception as error:  # torch.export and the exporter each have their own, of many lines
-            raise UserError(f"model {name} cannot be exported to {to}: {_innermost(error)}") from error
-        call = load(temporary, to)
-        for batch in (images[:1], images, images[:2]):
-            _compare(call, model, batch)
-    return Program(target, sizes, call)
+            reason = _innermost(error)
+            if any_size:
+                _log.info("the size stays %s: %s", spec.image_size, reason)
+            elif isinstance(error, _Differs):
+                raise
+            else:
+                raise UserError(f"model {name} cannot be exported to {to}: {reason}") from error
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _traced(model: nn.Module, images: Tensor, fixed: bool) -> tuple[torch.export.ExportedProgram, str]:
-    """The program, and in words which sizes it takes."""
-    batch = torch.export.Dim("batch", min=1, max=_MOST_BATCH)
-    if not fixed:
-        try:
-            auto = torch.export.Dim.AUTO
-            program = torch.export.export(model, (images,), dynamic_shapes=({0: batch, 2: auto, 3: auto},))
-            shape = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name == "x")
-            if any(not isinstance(side, int) for side in shape.meta["val"].shape[2:]):
-                return program, "any batch, any size that the model takes"
-        except Exception as error:
-            _log.info("the size stays %s: %s", images.shape[-1], str(error).splitlines()[0][:200])
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    return program, f"any batch, {images.shape[-2]}x{images.shape[-1]} pixels"
+def _write(
+    unrolled: nn.Module,
+    model: nn.Module,
+    spec: InputSpec,
+    to: str,
+    file: Path,
+    metadata: Mapping[str, str],
+    any_size: bool,
+) -> tuple[str, Any]:
+    """Write the program and compare it; returns in words which sizes it takes, and the function."""
+    size, generator = spec.image_size, torch.Generator().manual_seed(0)
+    images = torch.randn(3, spec.channels, size, size, generator=generator)
+    other = torch.randn(2, spec.channels, max(size, _LEAST), max(size, _LEAST) + _OTHER, generator=generator)
+    program = _traced(unrolled, other if any_size else images, any_size)
+    (_write_onnx if to == "onnx" else _write_program)(program, file, metadata)
+    call = load(file, to)
+    for batch in (images[:1], images, images[:2]):
+        _compare(call, model, batch)
+    if not _takes_any_size(program):
+        return f"any batch, {size}x{size} pixels", call
+    _compare(call, model, other.mT)
+    return "any batch, any size that the model takes", call
+
+
+def _traced(model: nn.Module, images: Tensor, any_size: bool) -> torch.export.ExportedProgram:
+    dynamic: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=_MOST_BATCH)}
+    if any_size:
+        dynamic |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    return torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
+
+
+def _takes_any_size(program: torch.export.ExportedProgram) -> bool:
+    """Whether height and width stayed open."""
+    shape = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name == "x")
+    return not any(isinstance(side, int) for side in shape.meta["val"].shape[2:])
 
 
 def _innermost(error: BaseException) -> str:
@@ -157,9 +190,7 @@ def _compare(call: Any, model: nn.Module, images: Tensor) -> None:
         expected, found = model(images), call(images)
     difference, largest = float((found - expected).abs().max()), max(1.0, float(expected.abs().max()))
     if difference > TOLERANCE * largest:
-        raise RuntimeError(
-            f"the program differs from the model by {difference:.2g}; the largest answer is {largest:.2g}"
-        )
+        raise _Differs(f"the program differs from the model by {difference:.2g}; the largest answer is {largest:.2g}")
 
 
 def export_in_8_bits(

@@ -216,7 +216,9 @@ class Job(ABC, Generic[R]):
     @classmethod
     def export_program(cls, run: RunFolder, target: Path, options: ProgramOptions) -> str:
         """Write the run's model as a program; returns how it is used."""
-        raise UserError(f"a run of the kind {cls.recipe_type.kind} cannot be exported to {options.to}")
+        raise UserError(
+            f"a run of the kind {cls.recipe_type.kind} cannot be exported to {options.to}: only its weights, --to timm"
+        )
 
 
 def check_export_target(target: Path) -> None:

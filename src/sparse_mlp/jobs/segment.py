@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from sparse_mlp import weights
-from sparse_mlp.data import BadImageError, display_name, find_images, read_image
+from sparse_mlp.data import BadImageError, InputSpec, display_name, find_images, read_image
 from sparse_mlp.data.segmentation import (
     SegmentationData,
     open_segmentation,
@@ -24,9 +25,10 @@ from sparse_mlp.data.segmentation_config import SegmentationConfig
 from sparse_mlp.distributed import MeshConfig
 from sparse_mlp.engine import Evaluation, OptimConfig, RunFolder, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
+from sparse_mlp.jobs import deploy
 from sparse_mlp.jobs.dense import DenseJob, build_backbone, build_feature_maps, load_classes, picture_names
 from sparse_mlp.jobs.images import image_loaders
-from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, Row, check_export_target
+from sparse_mlp.jobs.job import Context, EvalOptions, PredictOptions, ProgramOptions, Row, check_export_target
 from sparse_mlp.jobs.model import without_weights
 from sparse_mlp.jobs.recipe import ModelConfig, Recipe
 from sparse_mlp.models.segmenters import FcnHead, Norm, Segmenter, SemanticFpn, UperNet
@@ -203,6 +205,19 @@ class SegmentJob(DenseJob[SegmentRecipe]):
         if all("error" in row for row in rows):
             raise BadImageError(str(rows[0]["error"]))
         return rows
+
+    @classmethod
+    def export_program(cls, run: RunFolder, target: Path, options: ProgramOptions) -> str:
+        """ONNX or torch.export: logits (B, classes, H, W) of normalised images, without windows, scales and flips."""
+        deploy.check_target(target, options.to)
+        if options.int8 or options.weight_only:
+            raise UserError("--int8 is for runs of the kind classify, whose accuracy in 8 bits is measured")
+        model, recipe = cls.load(run), cls.stored(run)
+        assert isinstance(model, Segmenter | SmpSegmenter)
+        side = (model.fixed_size or (recipe.data.image_size,))[0]
+        spec = InputSpec(load_classes(run), 3, side, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, 1.0)
+        program = deploy.export(model, recipe.model.name, spec, options.to, target, fixed=model.fixed_size is not None)
+        return deploy.usage(program, options.to, spec)
 
     @classmethod
     def report(cls, run: RunFolder, context: Context | None = None) -> Path:

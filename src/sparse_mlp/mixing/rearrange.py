@@ -17,11 +17,11 @@ from torch import Tensor
 __all__ = ["merge_regions", "split_regions"]
 
 
-def _take(x: Tensor, axis: int, start: int, length: int) -> Tensor:
-    """Read `length` positions along `axis` from `start` on, going round the circle as often as needed."""
-    size = x.shape[axis]
+def _take(x: Tensor, axis: int, start: int, length: int, size: int) -> Tensor:
+    """Read `length` of the first `size` positions along `axis` from `start` on, going round the circle as often as
+    needed."""
     # an exported program is for sizes that are whole regions and for those that are not
-    if start == 0 and not torch.compiler.is_exporting() and length == size:
+    if start == 0 and not torch.compiler.is_exporting() and length == size == x.shape[axis]:
         return x
     index = torch.arange(length, device=x.device) + start
     # the divisor as a tensor: torch's ONNX exporter takes no size that varies as a number there
@@ -37,7 +37,7 @@ def merge_regions(x: Tensor, region: int, step: int, axis: int) -> Tensor:
     batch, height, width, dim = x.shape
     # not -(-n // region): a converter that traces may round a negative quotient towards zero
     count = (x.shape[axis] + region - 1) // region
-    x = _take(x, axis, -step, count * region)
+    x = _take(x, axis, -step, count * region, x.shape[axis])
     if axis == 1:
         x = x.reshape(batch, count, region, width, dim).transpose(2, 3)
         return x.reshape(batch, count, width, region * dim)
@@ -53,4 +53,4 @@ def split_regions(x: Tensor, region: int, step: int, axis: int, size: int) -> Te
         x = x.reshape(batch, height, width, region, dim).transpose(2, 3).reshape(batch, height * region, width, dim)
     else:
         x = x.reshape(batch, height, width * region, dim)
-    return _take(x.narrow(axis, 0, size), axis, step, size)
+    return _take(x, axis, step, size, size)
