@@ -5,8 +5,8 @@
 
 Training steps (forward, backward, clipping, AdamW, as the engine makes them) of Sparse-B/16 with copies of all weights
 (DDP), with experts split over both processes, and with everything split (FSDP2), interleaved; medians of ratios. With
---bytes: what goes over the loopback device in a step, over the least that has to (in a network namespace nothing else
-does). With --saving: how long a step stops for a checkpoint.
+--bytes: what goes over the loopback device in a step (in a network namespace nothing else does), and over what
+`sparse-mlp info --gpus` says, which is the least that has to. With --saving: how long a step stops for a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,11 @@ import sparse_mlp.models  # noqa: F401 - registers the models
 from interleaved import write_json
 from sparse_mlp import distributed
 from sparse_mlp.distributed import MeshConfig
+from sparse_mlp.distributed.cost import measure
+from sparse_mlp.distributed.plan import PlannedMesh, traffic
 from sparse_mlp.engine import OptimConfig, TrainConfig
 from sparse_mlp.engine.learner import Learner
 from sparse_mlp.engine.saving import Saver
-from sparse_mlp.moe import telemetry
 from sparse_mlp.tasks import Classify
 
 MESHES = {
@@ -130,28 +130,13 @@ class Group:
             process.join()
 
 
-def least_bytes(model: str, batch: int) -> dict[str, float]:
-    """What two processes have to send in a step, all together, by the mesh.
-
-    DDP: half of the gradients, G bytes, to the other rank to be summed, and the sums back: 2 G. Experts split: half of
-    the rows there and back, in forward and backward, and the gradients of the dense weights as before.
-    """
+def planned_bytes(model: str, batch: int, mesh: MeshConfig) -> int:
+    """What both processes send in a step, by `distributed.plan` with an even load of the experts."""
     network = timm.create_model(model, num_classes=10, device="meta")
-    everything = sum(p.numel() for p in network.parameters())
-    experts = sum(p.numel() for layer in telemetry.moe_layers(network).values() for p in layer.experts.parameters())
-    rows = 0
-
-    def count(layer: Any) -> Callable[..., None]:
-        def hook(_module: Any, args: Any) -> None:
-            nonlocal rows
-            rows += args[0].numel() * layer.top_k
-
-        return hook
-
-    for layer in telemetry.moe_layers(network).values():
-        layer.register_forward_pre_hook(count(layer))
-    network(torch.empty(batch, *network.pretrained_cfg["input_size"], device="meta"))
-    return {"DDP": 4 * 2 * everything, "experts over two": 4 * (2 * (everything - experts) + 4 * rows / 2)}
+    channels, size, _ = network.pretrained_cfg["input_size"]
+    cost = measure(network, batch // 2, channels, size)
+    planned = PlannedMesh(2 // mesh.expert, mesh.expert, mesh.shard)
+    return 2 * sum(traffic(cost, planned).by_axis.values())
 
 
 def main() -> None:
@@ -174,7 +159,6 @@ def main() -> None:
                 seconds[name].append(took)
                 sent[name].append(size)
     rows = {}
-    least = least_bytes(options.model, options.batch)
     for name in options.meshes:
         ratios = [a / b for a, b in zip(seconds[name], seconds["one process"], strict=True)]
         rows[name] = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
@@ -182,10 +166,12 @@ def main() -> None:
         line = f"{name:<26} {rows[name]['ratio']:.2f} of one process{allowed} [{min(ratios):.2f}..{max(ratios):.2f}]"
         if options.bytes:
             rows[name]["MB"] = statistics.median(sent[name]) / 1e6
-            line += f"   {rows[name]['MB']:.1f} MB a step"
-            if name in least:
-                rows[name]["over the least"] = statistics.median(sent[name]) / least[name]
-                line += f", {rows[name]['over the least']:.3f} of the least"
+            mesh = MESHES[name]
+            assert mesh is not None
+            rows[name]["of the plan"] = statistics.median(sent[name]) / planned_bytes(
+                options.model, options.batch, mesh
+            )
+            line += f"   {rows[name]['MB']:.1f} MB a step, {rows[name]['of the plan']:.3f} of the plan"
         if options.saving:
             rows[name] |= groups[name].do("save")
             line += "   checkpoint: " + ", ".join(
