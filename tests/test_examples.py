@@ -23,6 +23,28 @@ def test_examples_run(program: Path, tmp_path: Path) -> None:
     assert done.stdout
 
 
+@pytest.mark.slow
+def test_a_loop_on_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    program = next(path for path in EXAMPLES if path.stem == "many_processes")
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    printed = []
+    for ranks in ("1", "2"):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            ranks,
+            str(program),
+        ]
+        done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert printed[0].count("loss") == 4
+    assert printed[0] == printed[1]
+
+
 def test_examples_are_short() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     assert all(len(path.read_text().splitlines()) <= 60 for path in EXAMPLES)
