@@ -1,6 +1,7 @@
 """Does upcycling pay? Small models on CIFAR-10: trained on as they are, with experts, or with experts from the start.
 
 python -m experiments.upcycling run --out runs/upcycling       # trains what is missing, goes on with what was stopped
+python -m experiments.upcycling report --out runs/upcycling    # results/cifar10.json and .md, seam.png
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from experiments.runs import finish, is_finished
 from experiments.upcycling.arms import NamedRun, planned_runs
+from experiments.upcycling.tables import write_results
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs.classify import ClassifyRecipe
 
@@ -24,12 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("run",))
+    parser.add_argument("action", choices=("run", "report"))
     parser.add_argument("--out", type=Path, default=Path("runs/upcycling"), help="default: runs/upcycling")
     parser.add_argument("--cifar10", metavar="DIR", help="default: $SPARSE_MLP_DATA/cifar10")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="default: beside this program")
     given = parser.parse_args(argv)
     try:
-        train_missing(given.out, given.cifar10)
+        if given.action == "run":
+            train_missing(given.out, given.cifar10)
+        else:
+            for path in write_results(given.out, given.to):
+                print(path)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,9 @@
 """The upcycling study as a list of named runs.
 
 For each model and seed four runs: `dense` is trained first; `continued` trains it on as it is, and `upcycled` trains it
-on with experts in two blocks, which begin as its MLPs; `scratch` has the same experts from random weights on. `continued`
-and `upcycled` spend the same multiply-adds after the seam, and `scratch` as many as `dense` and one of them together.
-The experts' second choice and the router count: an arm with experts makes fewer steps in its budget.
+on with experts in two blocks, which begin as its MLPs; `scratch` has the same experts from random weights on.
+`continued` and `upcycled` spend the same multiply-adds after the seam, and `scratch` as many as `dense` and one of them
+together. The second expert and the routers count: an arm with experts makes fewer steps in its budget.
 
 The variants change one thing of the Mixer's `upcycled`, with one seed.
 """
