@@ -30,11 +30,15 @@ def test_equals_torch(shape, grad, bias, gelu):
         torch.testing.assert_close(module(x), F.gelu(expected) if gelu else expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_equal_torchs_to_second_order():
-    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((64, 12), (7, 12), (7,)))
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_gradients_equal_torchs_to_second_order(columns):
+    """Also of a transposed input with a transposed gradient, as token mixing has them."""
+    x = torch.randn((2, 12, 32) if columns else (64, 12), requires_grad=True)
+    weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((7, 12), (7,)))
 
     def grads(function):
-        loss = function(x, weight, bias).sin().sum()
+        y = function(x.transpose(1, 2), weight, bias).transpose(1, 2) if columns else function(x, weight, bias)
+        loss = y.sin().sum()
         first = torch.autograd.grad(loss, (x, weight, bias), create_graph=True)
         return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight, bias))
 

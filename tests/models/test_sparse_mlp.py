@@ -309,3 +309,14 @@ def test_runs_in_onnxruntime_with_dynamic_batch(tmp_path) -> None:
         (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_are_rows_in_memory_from_the_stem_on() -> None:
+    """As columns, the layout of a convolution's result, every norm would copy them."""
+    model = timm.create_model("sparse_mlp_t4_32", embed_dim=16, num_blocks=3, sparse_blocks=1, rerepresent=False)
+    inputs = []
+    for block in model.blocks:
+        block.norm1.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model(torch.randn(2, 3, 32, 32))
+    assert [x.shape for x in inputs] == [(2, 64, 16)] * 3
+    assert all(x.is_contiguous() for x in inputs)

@@ -47,6 +47,14 @@ class DenseMlp(Mlp):
         self.fc1, self.fc2 = Linear.of(self.fc1), Linear.of(self.fc2)
 
 
+class RowMajor(nn.Identity):
+    """Tokens as rows in memory. A convolution gives them as columns, a layout that every block would pass on: each norm
+    then copies its input. A training step of a Mixer of width 32 takes a sixth longer without this (one CPU thread)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+
 class SparseBlock(nn.Module):
     """Re-represent, token-mixing MoE, channel-mixing MoE, Re-represent back; no skip around the whole.
 
@@ -209,6 +217,8 @@ class SparseMlp(MlpMixer):
             act_layer=get_act_layer(act_layer),
             **kwargs,
         )
+        if isinstance(self.stem.norm, nn.Identity):
+            self.stem.norm = RowMajor()
 
     @property
     def patch_grid(self) -> tuple[int, int]:
