@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -67,6 +68,7 @@ def parallelize(module: nn.Module, mesh: Mesh, *, balance: str = "global", forwa
     experts = ExpertGradients([p for p in apart if p.requires_grad], mesh.size, copies) if apart else None
     if mesh.shard:
         for unit in units(module):
+            unit.register_forward_hook(_without_view)
             fully_shard(unit, mesh=mesh.everyone, reshard_after_forward=True, ignored_params=set(apart))
         fully_shard(module, mesh=mesh.everyone, reshard_after_forward=True, ignored_params=set(apart))
         for name in forwards:
@@ -95,6 +97,11 @@ def _shard_experts(module: nn.Module, mesh: Mesh) -> set[nn.Parameter]:
         experts.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies before
         sharded |= set(experts.parameters())
     return sharded
+
+
+def _without_view(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """An operation in place on a view that a unit returns would skip the gathering of its weights in the backward."""
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 def _second_dimension(_parameter: Tensor) -> Shard:
