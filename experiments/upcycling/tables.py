@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from torch import nn
 
 from experiments.runs import is_finished
 from experiments.upcycling.arms import (
@@ -29,6 +30,7 @@ from experiments.upcycling.arms import (
 from sparse_mlp.engine.run import environment
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Run
+from sparse_mlp.moe import MoeMlp
 from sparse_mlp.report import read_run
 from sparse_mlp.report.style import save_png
 
@@ -53,7 +55,8 @@ def write_results(out: Path, target: Path) -> list[Path]:
     data.write_text(json.dumps({"environment": machine, "runs": results}) + "\n", encoding="utf-8")
     written = "<!-- Written by `python -m experiments.upcycling report` -->\n"
     tables.write_text(
-        "\n".join([written, main_table(results), cost_table(results), variant_table(results)]), encoding="utf-8"
+        "\n".join([written, main_table(results), cost_table(results), expert_table(results), variant_table(results)]),
+        encoding="utf-8",
     )
     save_png(seam_figure(results), figure, dpi=90)
     return [data, tables, figure]
@@ -72,12 +75,28 @@ def measure(planned: NamedRun, out: Path) -> dict[str, Any]:
         "macs": macs,
         "steps": data.last_step,
         "training_macs": training_macs(macs, data.last_step),
-        "seconds": round(data.seconds, 1),
+        "experts_apart": experts_apart(run.load()),
+        "router_entropy": [round(float(layer.entropy[-1]), 3) for layer in data.routing.values()],
         "curve": {
             "step": step[:whole].reshape(-1, _WINDOW)[:, -1].astype(int).tolist(),
             "loss": loss[:whole].reshape(-1, _WINDOW).mean(1).round(4).tolist(),
         },
     }
+
+
+def experts_apart(model: nn.Module) -> list[float]:
+    """Of each layer of experts how far they are from their mean, as a share of the mean's norm; 0 for copies."""
+    weights = [
+        weight.detach().flatten(1)
+        for layer in model.modules()
+        if isinstance(layer, MoeMlp)
+        for weight in (layer.experts.fc1.weight, layer.experts.fc2.weight)
+    ]
+    means = [weight.mean(0) for weight in weights]
+    return [
+        round(float((weight - mean).norm(dim=1).mean() / mean.norm()), 3)
+        for weight, mean in zip(weights, means, strict=True)
+    ]
 
 
 def training_macs(macs: int, steps: Any) -> Any:
@@ -133,17 +152,32 @@ def main_table(results: Results) -> str:
 
 def cost_table(results: Results) -> str:
     """What a run of each arm costs."""
-    head = ["", "arm", "parameters", "multiply-adds an image", "steps", "multiply-adds of training", "seconds"]
+    head = ["", "arm", "parameters", "multiply-adds an image", "steps", "multiply-adds of training"]
     rows = [head, ["---"] * len(head)]
     for subject in SUBJECTS:
         for arm in ARMS:
-            seconds = by_seed(results, subject, arm, "seconds")
-            if not seconds:
+            seeds = by_seed(results, subject, arm)
+            if not seeds:
                 continue
-            one = results[f"{subject}/{arm}/seed{min(seconds)}"]
+            one = results[f"{subject}/{arm}/seed{min(seeds)}"]
             macs, spent = f"{one['macs'] / 1e6:.2f} M", f"{one['training_macs'] / _TERA:.2f} T"
             cells = [f"{one['parameters'] / 1e3:.0f} k", macs, f"{one['steps']:,}", spent]
-            rows.append([subject, f"`{arm}`", *cells, f"{mean(seconds.values()):.0f}"])
+            rows.append([subject, f"`{arm}`", *cells])
+    return _markdown(rows)
+
+
+def expert_table(results: Results) -> str:
+    """What became of the experts and the routers, least to most over layers and seeds."""
+    head = ["", "arm", "experts apart, share of their mean's norm", "entropy of the routers, share of log E"]
+    rows = [head, ["---"] * len(head)]
+    for subject in SUBJECTS:
+        for arm in (UPCYCLED, SCRATCH):
+            found = [
+                sorted(value for values in by_seed(results, subject, arm, key).values() for value in values)
+                for key in ("experts_apart", "router_entropy")
+            ]
+            if all(found):
+                rows.append([subject, f"`{arm}`", *(f"{values[0]:.2f} to {values[-1]:.2f}" for values in found)])
     return _markdown(rows)
 
 

@@ -95,6 +95,20 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(hosts, tmp_path):
     assert events(tmp_path / "run").count("resumed") == 1
 
 
+@pytest.mark.slow
+def test_starting_again_touches_no_run_of_another_job(tmp_path):
+    """The first attempt refuses the folder, and so does the second."""
+    whole = torchrun(tmp_path / "run", "--standalone")
+    _, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    other = torchrun(tmp_path / "run", "--standalone", "--max-restarts", "1")
+    _, errors = other.communicate(timeout=300)
+    assert other.returncode != 0
+    assert errors.count("holds a run already") >= 2
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
 ALONE = """
 from sparse_mlp import distributed
 with distributed.join("cpu"):

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.upcycling import __main__ as program
 from experiments.upcycling import tables
 from experiments.upcycling.arms import ARMS, SUBJECTS, VARIANTS, NamedRun, multiply_adds, planned_runs
 from sparse_mlp import recipes
 from sparse_mlp.engine import ScheduleConfig, TrainConfig
+from sparse_mlp.moe import MoeMlp
 
 
 def budget(run: NamedRun) -> float:
@@ -47,7 +49,7 @@ def test_a_yes_is_the_margin_beyond_the_spread():
 
 
 def result(top1: float) -> dict:
-    costs = {"macs": 10**6, "parameters": 20_000, "steps": 200, "training_macs": 3 * 128 * 200 * 10**6, "seconds": 7.0}
+    costs = {"macs": 10**6, "parameters": 20_000, "steps": 200, "training_macs": 3 * 128 * 200 * 10**6}
     return {"top1": top1, **costs, "curve": {"step": [100, 200], "loss": [1.8, 1.6]}}
 
 
@@ -63,12 +65,20 @@ def test_tables_leave_out_what_is_not_finished():
     assert main[2] == "| mixer | 50.00 | 52.00 | 54.00 ± 1.41 |  | +1.00 |  | 1 of 3 | not decided |"
     assert main[3] == "| vit |  |  |  |  |  |  | 0 of 3 | not decided |"
     assert tables.cost_table(results).splitlines()[2:] == [
-        f"| mixer | `{arm}` | 20 k | 1.00 M | 200 | 0.08 T | 7 |" for arm in ("dense", "continued", "upcycled")
+        f"| mixer | `{arm}` | 20 k | 1.00 M | 200 | 0.08 T |" for arm in ("dense", "continued", "upcycled")
     ]
     assert tables.variant_table(results).splitlines()[2:] == [
         "| upcycled | 200 | 53.00 | +0.00 | +1.00 |",
         "| start drop | 200 | 51.00 | -2.00 | -1.00 |",
     ]
+
+
+def test_experts_are_apart_by_hand():
+    layer = MoeMlp(dim=2, hidden_dim=3, num_experts=2)
+    with torch.no_grad():
+        layer.experts.fc1.weight.copy_(torch.stack([torch.full((2, 3), 1.0), torch.full((2, 3), 3.0)]))
+        layer.experts.fc2.weight[1] = layer.experts.fc2.weight[0]
+    assert tables.experts_apart(torch.nn.Sequential(layer)) == [0.5, 0.0]  # 1 and 3 are 1 from their mean of 2
 
 
 def small_runs() -> Iterator[NamedRun]:
@@ -99,5 +109,7 @@ def test_the_program_trains_what_is_missing_and_reports_it(monkeypatch, tmp_path
     runs = json.loads((tmp_path / "results" / "cifar10.json").read_text())["runs"]
     assert set(runs) == {f"mixer/{arm}/seed0" for arm in ARMS}
     assert runs["mixer/upcycled/seed0"]["parameters"] > runs["mixer/continued/seed0"]["parameters"]
+    assert runs["mixer/dense/seed0"]["experts_apart"] == []
+    assert len(runs["mixer/upcycled/seed0"]["experts_apart"]) == 2 * 4  # two layers in each of four MLPs
     assert len(runs["mixer/dense/seed0"]["curve"]["loss"]) == 1
     assert (tmp_path / "seam.png").stat().st_size < 200_000

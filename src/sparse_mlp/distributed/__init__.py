@@ -16,8 +16,9 @@ from sparse_mlp.distributed.group import (
     mean,
     on_main,
     rank,
+    recall,
+    remember,
     resolve_device,
-    restarts,
     world_size,
 )
 from sparse_mlp.distributed.mesh import Mesh, MeshConfig, create_mesh
@@ -49,8 +50,9 @@ __all__ = [
     "own_part",
     "parallelize",
     "rank",
+    "recall",
+    "remember",
     "resolve_device",
-    "restarts",
     "split_like",
     "sync_balance",
     "sync_batch_norm",

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_mlp.moe import MoeMlp, dispatch
-from sparse_mlp.moe.experts import ExpertLinear
+from sparse_mlp.moe.experts import ExpertLinear, product_type
 from sparse_mlp.moe.telemetry import moe_layers
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +34,7 @@ class LayerCost:
     """One MoE layer in one step of one rank.
 
     rows: M, of all its experts. width: D. sent_size, returned_size: bytes of a number of a row on its way to the
-    experts and back. dropless: whether their counts go with them. parameters: of all experts. flops: of the experts,
+    experts and back. parameters: of all experts. flops: of the experts,
     forward and backward. totals: numbers whose sum over the ranks the balance loss takes.
     """
 
@@ -44,7 +44,6 @@ class LayerCost:
     width: int
     sent_size: int
     returned_size: int
-    dropless: bool
     parameters: int
     flops: int
     totals: int
@@ -88,7 +87,7 @@ def measure(model: nn.Module, images: int, channels: int, image_size: int, amp: 
     `amp`: "bf16" or "fp16", the type of autocast, or None.
     """
     dtype = AMP.get(amp or "")
-    layers, seen = moe_layers(model), dict[str, tuple[Tensor, Tensor, bool]]()
+    layers, seen = moe_layers(model), dict[str, tuple[Tensor, Tensor]]()
     stacked = _stacked(layers)
     with FakeTensorMode(), _watched(layers, seen), _training(model):
         tensors = {name: _stand_in(tensor, name in stacked) for name, tensor in model.named_parameters()}
@@ -196,7 +195,7 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(layers: dict[str, MoeMlp], seen: dict[str, tuple[Tensor, Tensor, bool]]) -> Iterator[None]:
+def _watched(layers: dict[str, MoeMlp], seen: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Let one expert take all rows of each layer, and note them, as they go to it and as they come back."""
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -205,8 +204,9 @@ def _watched(layers: dict[str, MoeMlp], seen: dict[str, tuple[Tensor, Tensor, bo
                 items: Tensor, gates: Tensor, plan: dispatch.Plan, experts: dispatch.Experts, name: str = name
             ) -> Tensor:
                 rows = dispatch.gather(items, plan.item_M, plan.row_NK)
+                rows = rows.to(product_type(rows))
                 returned = experts(rows, None)
-                seen[name] = rows.detach().to("meta"), returned.detach().to("meta"), plan.counts_E is not None
+                seen[name] = rows.detach().to("meta"), returned.detach().to("meta")
                 return dispatch.combine(returned, plan.row_NK, gates.to(returned.dtype))
 
             stack.callback(setattr, layer, "dispatcher", layer.dispatcher)
@@ -214,7 +214,7 @@ def _watched(layers: dict[str, MoeMlp], seen: dict[str, tuple[Tensor, Tensor, bo
         yield
 
 
-def _layer(name: str, layer: MoeMlp, rows: Tensor, returned: Tensor, dropless: bool) -> LayerCost:
+def _layer(name: str, layer: MoeMlp, rows: Tensor, returned: Tensor) -> LayerCost:
     linears = [module for module in layer.experts.modules() if isinstance(module, ExpertLinear)]
     products = sum(linear.weight[0].numel() for linear in linears)
     noisy = layer.router.noise_std > 0 and layer.router.bias is None
@@ -225,7 +225,6 @@ def _layer(name: str, layer: MoeMlp, rows: Tensor, returned: Tensor, dropless: b
         width=layer.dim,
         sent_size=rows.element_size(),
         returned_size=returned.element_size(),
-        dropless=dropless,
         parameters=sum(parameter.numel() for linear in linears for parameter in linear.parameters()),
         flops=3 * 2 * rows.shape[0] * products,
         totals=layer.num_experts * (2 if noisy else 1),

@@ -2,7 +2,7 @@
 
 All ranks seed their generators alike. What a layer draws for its items it draws for those of all ranks, and keeps the
 rows of its own: the ranks' batches, one after the other, are the batch that one process would have. On CPUs the numbers
-are those of one process to the bit; on GPUs dropout alone draws others.
+are those of one process to the bit; on GPUs dropout draws by rank.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_mlp.distributed.group import rank, world_size
 from sparse_mlp.moe.router import NoisyTopKRouter
+from sparse_mlp.moe.telemetry import moe_layers
 
 LAYERS = (DropPath, _DropoutNd, NoisyTopKRouter)
 
@@ -27,20 +28,33 @@ LAYERS = (DropPath, _DropoutNd, NoisyTopKRouter)
 def draw_by_item(model: nn.Module) -> int:
     """Let every drop path, dropout and noisy router of `model` draw by item; returns how many there are.
 
-    They take tensors whose first dimension goes along the items of the rank, as many on each rank.
+    They take tensors whose first dimension goes along the items of the rank, as many on each rank. Dropout inside
+    experts, whose rows are those that were routed there, draws by rank.
     """
+    inside = {part for layer in moe_layers(model).values() for part in layer.experts.modules()}
     layers = [module for module in model.modules() if isinstance(module, LAYERS)]
     for layer in layers if world_size() > 1 else ():
-        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(_by_rank if layer in inside else _by_item, layer)  # type: ignore[method-assign]
     return len(layers)
 
 
-def _forward(layer: nn.Module, x: Tensor) -> Any:
-    forward = type(layer).forward
+def _by_item(layer: nn.Module, x: Tensor) -> Any:
     if not layer.training:
-        return forward(layer, x)
+        return type(layer).forward(layer, x)
+    if x.is_cuda and isinstance(layer, _DropoutNd):  # fused kernels, which draw otherwise, and whole activations
+        return _by_rank(layer, x)
     with _OwnRows():
-        return forward(layer, x)
+        return type(layer).forward(layer, x)
+
+
+def _by_rank(layer: nn.Module, x: Tensor) -> Any:
+    """With numbers of this rank's own, after which the generators of all ranks are alike again."""
+    if not layer.training:
+        return type(layer).forward(layer, x)
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        torch.manual_seed(seed + rank())
+        return type(layer).forward(layer, x)
 
 
 class _OwnRows(TorchFunctionMode):

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from sparse_mlp.distributed.mesh import Mesh
 from sparse_mlp.errors import UserError
 from sparse_mlp.moe import MoeMlp, dispatch
-from sparse_mlp.moe.experts import ExpertLinear
+from sparse_mlp.moe.experts import ExpertLinear, product_type
 from sparse_mlp.moe.telemetry import moe_layers
 
 
@@ -56,6 +56,9 @@ class ExpertParallel:
 
     def __call__(self, items_ND: Tensor, gates_NK: Tensor, plan: dispatch.Plan, experts: dispatch.Experts) -> Tensor:
         rows_MD = dispatch.gather(items_ND, plan.item_M, plan.row_NK)
+        rows_MD = rows_MD.to(
+            product_type(rows_MD)
+        )  # what the experts would do first: half of the bytes in half precision
         rows_MD = self._apply(rows_MD, self._counts(plan), experts)
         return dispatch.combine(rows_MD, plan.row_NK, gates_NK.to(rows_MD.dtype))
 

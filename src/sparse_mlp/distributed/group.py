@@ -24,6 +24,8 @@ T = TypeVar("T")
 JOIN_SECONDS = "SPARSE_MLP_JOIN_SECONDS"
 """Environment variable: how long a process waits for the others when a run begins."""
 
+_job_store: dist.Store | None = None
+
 _CONNECTION_ERRORS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 
 _DEVICES = "auto, cpu, cuda, cuda:0, cuda:1, ..."
@@ -113,6 +115,7 @@ def _meet() -> dist.Store:
     torchrun's store still holds what processes wrote that it has since started again. So rank 0 makes up a new name,
     answers with it whoever asks, and what is stored from then on is stored under it.
     """
+    global _job_store
     seconds, own, size = float(os.environ.get(JOIN_SECONDS, "600")), uuid.uuid4().hex, int(os.environ["WORLD_SIZE"])
     wait = timedelta(seconds=seconds)
     try:
@@ -128,6 +131,7 @@ def _meet() -> dist.Store:
             store.wait([f"{name}/all"], wait)
     except dist.DistError as error:
         raise RankLostError(f"not all of {size} processes came within {seconds:g} seconds ({JOIN_SECONDS})") from error
+    _job_store = store
     return dist.PrefixStore(name, store)
 
 
@@ -159,9 +163,17 @@ def _lost_rank(error: RuntimeError) -> RankLostError | None:
     )
 
 
-def restarts() -> int:
-    """How often torchrun has started the processes of this job again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def remember(key: str, value: str) -> None:
+    """Keep a text in torchrun's store, which lives as long as the job: also when the processes are started again."""
+    if _job_store is not None:
+        _job_store.set(f"job/{key}", value)
+
+
+def recall(key: str) -> str | None:
+    """What this job has remembered; None if it is nothing, or without torchrun."""
+    if _job_store is None or not _job_store.check([f"job/{key}"]):
+        return None
+    return _job_store.get(f"job/{key}").decode()
 
 
 def mean(values: Tensor) -> Tensor:

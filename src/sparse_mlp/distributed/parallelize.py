@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_mlp.distributed.balance import sync_balance
+from sparse_mlp.distributed.batch_norm import sync_batch_norm
 from sparse_mlp.distributed.draws import draw_by_item
 from sparse_mlp.distributed.expert_parallel import split_experts
 from sparse_mlp.distributed.gradients import ExpertGradients
@@ -21,7 +22,7 @@ from sparse_mlp.moe.telemetry import moe_layers
 
 
 class Parallel:
-    """A module that trains on a mesh. `module` is what is called; gradients are means over the ranks after `reduce`."""
+    """A module that trains on a mesh. `module` is what is called; gradients are means over the ranks after `finish`."""
 
     def __init__(self, module: nn.Module, mesh: Mesh, experts: ExpertGradients | None) -> None:
         self.module, self.mesh, self.experts = module, mesh, experts
@@ -60,6 +61,8 @@ def parallelize(module: nn.Module, mesh: Mesh, *, balance: str = "global", forwa
     if balance == "global":
         sync_balance(module)
     draw_by_item(module)
+    if mesh.size > 1:
+        sync_batch_norm(module)
     if mesh.size == 1:
         return Parallel(module, mesh, None)
     shards = _shard_experts(module, mesh) if mesh.shard else set[nn.Parameter]()
@@ -87,15 +90,20 @@ def _shard_experts(module: nn.Module, mesh: Mesh) -> set[nn.Parameter]:
     sharded: set[nn.Parameter] = set()
     for layer in moe_layers(module).values() if mesh.expert > 1 and mesh.data > 1 else ():
         experts: nn.Module = layer.experts
-        if any(parameter.shape[1] % mesh.data for parameter in experts.parameters()):
+        split = {parameter for parameter in experts.parameters() if isinstance(parameter, DTensor)}
+        if any(parameter.shape[1] % mesh.data for parameter in split):
             continue
         fully_shard(
-            experts, mesh=mesh.devices["data"], reshard_after_forward=True, shard_placement_fn=_second_dimension
+            experts,
+            mesh=mesh.devices["data"],
+            reshard_after_forward=True,
+            shard_placement_fn=_second_dimension,
+            ignored_params=set(experts.parameters()) - split,  # norms, which all experts share
         )
         assert isinstance(experts, FSDPModule)
         experts.set_gradient_divide_factor(mesh.size)
         experts.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies before
-        sharded |= set(experts.parameters())
+        sharded |= {parameter for parameter in experts.parameters() if isinstance(parameter, DTensor)}
     return sharded
 
 

@@ -229,14 +229,13 @@ def traffic(cost: StepCost, mesh: PlannedMesh, *, remote: float | None = None) -
     dense, experts = (cost.weight_size * count for count in (cost.dense, cost.experts // mesh.expert))
     share = (mesh.expert - 1) / mesh.expert if remote is None else remote
     passes = 1 if mesh.shard else 2
-    sends_counts = [layer for layer in cost.layers if layer.dropless]
     return Traffic(
         dense_gradients=_ring(dense, mesh.ranks, passes),
         expert_gradients=_ring(experts, mesh.data, passes),
         dense_shards=_ring(dense, mesh.ranks, 2) if mesh.shard else 0,
         expert_shards=_ring(experts, mesh.data, 2) if mesh.shard else 0,
         rows=round(sum(2 * share * _row_bytes(layer) for layer in cost.layers)),
-        counts=sum(COUNT_SIZE * layer.num_experts // mesh.expert * (mesh.expert - 1) for layer in sends_counts),
+        counts=sum(COUNT_SIZE * layer.num_experts // mesh.expert * (mesh.expert - 1) for layer in cost.layers),
         balance=sum(2 * _ring(TOTAL_SIZE * layer.totals, mesh.ranks, 2) for layer in cost.layers),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
@@ -45,13 +46,15 @@ class Together:
         first = next(iterator, None)
         if any_rank(first is None):
             raise UserError("there is less to evaluate on than there are processes: start torchrun with fewer")
-        assert first is not None
-        yield first
-        yield from iterator
+        for batch in itertools.chain([first], iterator):
+            self._last = None
+            yield batch  # type: ignore[misc]
+            # by another method than a call of the model: the other ranks would not know
+            assert self._last is not None, f"a batch was evaluated without calling {type(self.model).__name__}"
         self._serve()
 
     def _serve(self) -> None:
-        assert self._last is not None, "a batch was not evaluated"
+        assert self._last is not None
         args, kwargs = self._last
         self._serving = True
         while any_rank(False):

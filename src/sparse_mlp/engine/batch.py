@@ -58,5 +58,7 @@ def check_batch_size(batch_size: int, microbatches: int) -> None:
     local, rest = divmod(batch_size, world_size())
     if rest:
         raise UserError(f"a batch size of {batch_size} is not divisible by the {world_size()} processes")
+    if world_size() > 1 and local % microbatches:  # their micro-batches would not be those of one process
+        raise UserError(f"train.grad_accum {microbatches} does not divide the {local} items of each process")
     if local < microbatches:
         raise UserError(f"train.grad_accum {microbatches} exceeds the {local} items of each process")

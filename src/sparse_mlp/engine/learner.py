@@ -51,6 +51,8 @@ class Learner:
         self.mesh = create_mesh(mesh, device)
         if self.mesh.is_split and train.amp == "fp16":
             raise UserError("train.amp fp16 scales each process's loss apart; with mesh.expert or mesh.shard use bf16")
+        if self.mesh.shard and train.channels_last:
+            raise UserError("train.channels_last does not go with mesh.shard: FSDP2 takes contiguous weights only")
         self.memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
         self.task = task.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
         if train.grad_checkpointing:

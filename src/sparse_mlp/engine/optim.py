@@ -10,10 +10,13 @@ import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
-from sparse_mlp.distributed import by_mesh
+from sparse_mlp.distributed import by_mesh, mesh_of
 from sparse_mlp.engine.config import OptimConfig, ScheduleConfig
 from sparse_mlp.engine.task import Task
 from sparse_mlp.errors import UserError
+
+ON_SPLIT_WEIGHTS = ("adamw", "adam", "sgd", "momentum", "lion", "lars", "nadamw", "radam", "adan", "rmsproptf")
+"""Optimisers that give split weights the steps of whole ones."""
 
 
 def create_optimizer(task: Task, config: OptimConfig) -> torch.optim.Optimizer:
@@ -31,7 +34,13 @@ def create_optimizer(task: Task, config: OptimConfig) -> torch.optim.Optimizer:
     options: dict[str, Any] = {name: getattr(config, name) for name in ("betas", "eps", "momentum")}
     options = {name: value for name, value in options.items() if value is not None}
     kind = timm.optim.get_optimizer_class(config.opt, bind_defaults=False)
-    if "fused" in inspect.signature(kind).parameters:
+    split = any(mesh_of(parameter) is not None for parameter in task.parameters())
+    if split and config.opt not in ON_SPLIT_WEIGHTS:
+        allowed = ", ".join(ON_SPLIT_WEIGHTS)
+        raise UserError(
+            f"optim.opt {config.opt} does not take weights that are split over processes; allowed are {allowed}"
+        )
+    if "fused" in inspect.signature(kind).parameters and not (split and kind is torch.optim.SGD):
         options["fused"] = True  # one pass over the weights instead of ten, also on CPUs
     return timm.optim.create_optimizer_v2(groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from sparse_mlp.distributed import world_size
 from sparse_mlp.engine.checkpoint import save_checkpoint
@@ -35,7 +34,9 @@ class Saver:
     ) -> None:
         """Copy the state and begin to write it; see `save_checkpoint`. The one before must have been waited for."""
         assert self._thread is None, "a checkpoint is being written"
-        copied, state = BlockingAsyncStager().stage(dict(tensors)), copy.deepcopy(state)  # training goes on with both
+        # training goes on with both
+        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        state = copy.deepcopy(state)
 
         def write() -> None:
             try:

@@ -63,8 +63,9 @@ class Trainer:
             check_batch_size(loaders.batch_size, train.grad_accum)
         self.loaders, self.run = loaders, run
         self.optim, self.schedule, self.train = optim, schedule, train
+        self.mesh = mesh or MeshConfig()
         device = device or distributed.resolve_device(train.device)
-        self.learner = Learner(task, optim, train, device, mesh)
+        self.learner = Learner(task, optim, train, device, self.mesh)
         self.length = create_length(train, schedule, loaders.steps_per_epoch)
         self.step = 0  # updates made
         self.saved = 0  # step of the newest checkpoint
@@ -228,6 +229,8 @@ class Trainer:
 
     def _settings(self) -> dict[str, Any]:
         sizes = {"batch_size": self.loaders.batch_size, "steps_per_epoch": self.loaders.steps_per_epoch}
+        if self.mesh.balance == "rank":  # a loss of its own for each number of ranks
+            sizes |= {"mesh.balance of ranks": world_size()}
         return flat_settings(self.optim, self.schedule, self.train, **sizes)
 
     def _check_settings(self, stored: Mapping[str, Any]) -> None:

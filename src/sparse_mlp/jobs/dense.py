@@ -12,11 +12,9 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from sparse_mlp import distributed
 from sparse_mlp.data import InputSpec, display_name
 from sparse_mlp.data.coco import CocoData
 from sparse_mlp.data.segmentation import SegmentationData
-from sparse_mlp.distributed import sync_batch_norm
 from sparse_mlp.engine import Evaluation, RunFolder
 from sparse_mlp.errors import UserError
 from sparse_mlp.files import read_json
@@ -61,8 +59,6 @@ class DenseJob(Job[R]):
 
     def prepare(self, run: RunFolder, device: torch.device) -> None:
         log_notes(self.data.notes)
-        if distributed.world_size() > 1:
-            sync_batch_norm(self.task)
         super().prepare(run, device)
         begin_optimizer(self.trainer, self.model_config())
 

@@ -24,6 +24,8 @@ from sparse_mlp.jobs.recipe import Recipe, change_fields, differences, override,
 
 _log = logging.getLogger(__name__)
 
+_STARTED = itertools.count()  # runs of this process
+
 
 @dataclass(frozen=True)
 class Run:
@@ -120,8 +122,6 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         raise UserError(f"train takes a recipe, not {recipe!r}: sparse_mlp.recipe(NAME, ...) gives one")
-    if distributed.restarts() and (begun := _begun(recipe.name, out)) is not None:
-        return resume(begun, recipe, datasets=datasets, trusted=True, show=show)
     context = Context(trusted=True, datasets=datasets)
     return _start(recipe, context, Path(out) if out is not None else None, resume=False, show=show)
 
@@ -164,12 +164,18 @@ def _start(recipe: Recipe, context: Context, out: Path | None, *, resume: bool, 
     kind = job_type(recipe.kind)
     # The device is known before the job is built, so that all ranks build it as one group.
     with distributed.join(kind.device_of(recipe)) as device:
+        # What this job began before torchrun started its processes again; a job may train several recipes.
+        key = f"run {next(_STARTED)}"
+        begun = distributed.on_main(lambda: distributed.recall(key))
+        if begun is not None:
+            out, resume, context = Path(begun), True, replace(context, run=RunFolder.open(begun))
         # Chosen by one rank: the others could see the folder that it has already created.
         run = RunFolder(distributed.on_main(lambda: choose_folder(recipe.name, out, resume)))
         job = kind(recipe, context)
         job.prepare(run, device)
         # Written after `prepare`, so that a recipe that cannot be trained leaves no folder.
         distributed.on_main(lambda: _write_start(run, job, resume))
+        distributed.on_main(lambda: distributed.remember(key, str(run.path.absolute())))
         evaluation = job.fit(run, device, resume=resume, show=show)
         distributed.on_main(lambda: _finish(run, job, evaluation))
         return Run(run.path)
@@ -222,12 +228,6 @@ def is_longer(stored: Recipe, requested: Recipe) -> bool:
     if train is None:
         return False
     return check_longer(asdict(stored.train), asdict(train), requested.schedule.sched)  # type: ignore[attr-defined]
-
-
-def _begun(name: str, out: str | Path | None) -> Path | None:
-    """The folder of the run that this job had begun before it was started again; None if it had not come so far."""
-    folders = [Path(out)] if out is not None else list(itertools.takewhile(Path.exists, _numbered(name)))
-    return folders[-1] if folders and RunFolder(folders[-1]).config_path.is_file() else None
 
 
 def _numbered(name: str) -> Iterator[Path]:

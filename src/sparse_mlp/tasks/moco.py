@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sparse_mlp.distributed import all_gather, broadcast, by_mesh, rank, sync_batch_norm, world_size
 from sparse_mlp.engine import Batch, Evaluation, Task
 from sparse_mlp.errors import UserError
-from sparse_mlp.tasks.features import evaluating, pooled_features
+from sparse_mlp.tasks.features import evaluating
 from sparse_mlp.tasks.knn import weighted_knn
 from sparse_mlp.tasks.metrics import gather_columns, sorted_by_index, top_accuracies
 
@@ -183,7 +183,7 @@ class Moco(Task):
         rows = []
         with evaluating(self.encoder):
             for batch in loader:
-                features = pooled_features(self.encoder, batch["image"].to(device)).float().cpu()
+                features = self.encoder(batch["image"].to(device)).float().cpu()
                 rows.append((batch["bank"], batch["index"], batch["target"], features))
         columns = gather_columns(rows)
         if columns is None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_mlp.distributed import full
 from sparse_mlp.engine import Batch, Evaluation
 from sparse_mlp.errors import UserError
 from sparse_mlp.tasks.classify import Classify, ClassifyConfig
@@ -73,5 +74,5 @@ def backbone_digest(model: nn.Module, excluded: Iterable[str]) -> int:
     for name, tensor in model.state_dict().items():
         if name not in excluded:
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(full(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
