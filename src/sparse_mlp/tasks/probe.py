@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ class Probe(Classify):
         nn.init.normal_(head.weight, std=_INIT_STD)
         nn.init.zeros_(head.bias)
         self.head_names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.register_buffer("digest", torch.tensor(backbone_digest(model, self.head_names)))
+        self.fixed = [name for name in model.state_dict() if name not in self.head_names]
+        self.register_buffer("digest", torch.tensor(backbone_digest(model, self.fixed)))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Probe:
@@ -63,16 +65,19 @@ class Probe(Classify):
         return [{"params": head, "weight_decay": weight_decay}]
 
     def evaluate(self, loader: Iterable[Batch], device: torch.device) -> Evaluation:
-        now = backbone_digest(self.model, self.head_names)
+        now = backbone_digest(self.model, self.fixed)
         assert now == int(self.digest), "the backbone of a probe has changed"
         return super().evaluate(loader, device)
 
 
-def backbone_digest(model: nn.Module, excluded: Iterable[str]) -> int:
-    """A 63-bit digest of every parameter and buffer of a model except the `excluded` ones, by name and value."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in model.state_dict().items():
-        if name not in excluded:
-            digest.update(name.encode())
-            digest.update(full(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return int.from_bytes(digest.digest(), "little") >> 1
+def backbone_digest(model: nn.Module, names: Iterable[str]) -> int:
+    """A 63-bit digest of parameters and buffers of a model, by name and value; collective where they are split."""
+    # not of state_dict, which takes weights that FSDP2 has gathered for a forward away again
+    parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    tensors = dict(itertools.chain(parameters, buffers))
+    found = hashlib.blake2b(digest_size=8)
+    for name in names:
+        found.update(name.encode())
+        value = full(tensors[name].detach()).to("cpu", copy=True)  # FSDP2 frees what numpy would hold on to
+        found.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return int.from_bytes(found.digest(), "little") >> 1
