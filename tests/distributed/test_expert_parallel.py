@@ -9,7 +9,13 @@ PROGRAM = Path(__file__).with_name("general_experts.py")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "mesh"), [(2, {"expert": 2}), (4, {"expert": 2}), (4, {"expert": 2, "shard": True}), (4, {"expert": 4})]
+    ("ranks", "mesh"),
+    [
+        (4, {"expert": 2, "shard": True}),
+        pytest.param(2, {"expert": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"expert": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"expert": 4}, marks=pytest.mark.slow),
+    ],
 )
 def test_gated_experts_with_a_norm_and_a_shared_one(ranks, mesh, launch, tmp_path):
     """The norm of each weight's gradient is that of one process."""

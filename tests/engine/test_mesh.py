@@ -19,7 +19,7 @@ CAPACITY = {**SPARSE, "args": {**SPARSE["args"], "capacity_ratio": 1.0, "priorit
 SGD = {**SPARSE, "optim": {"opt": "sgd", "lr": 0.03}}
 slow = pytest.mark.slow
 MESHES = [
-    pytest.param(2, {}, SPARSE, id="DDP"),
+    pytest.param(2, {}, SPARSE, id="DDP", marks=slow),
     pytest.param(2, {"expert": 2, "shard": True}, SPARSE, id="experts and FSDP"),
     pytest.param(2, {"shard": True}, SPARSE, id="FSDP", marks=slow),
     pytest.param(
@@ -58,6 +58,7 @@ def test_a_mesh_is_one_process(ranks, mesh, spec, train_digits, metric_lines):
     assert distance < 1e-3 * sum(weight.square().sum() for weight in whole.values()).sqrt()
 
 
+@slow
 def test_the_balance_loss_of_each_rank(train_digits, metric_lines):
     """With mesh.balance rank it is another loss, and the same one whether experts are split or not."""
     spec = {**SPARSE, "train": {**SPARSE["train"], "steps": 5}}
