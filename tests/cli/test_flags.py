@@ -15,6 +15,7 @@ def one_column(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
+EXPORT_FLAGS = "--to --int8 --no-int8 --weight-only --no-weight-only --trust-data --no-trust-data"
 RECIPE_FLAGS = (
     "--name "
     "--model.name --model.args --model.pretrained --model.no-pretrained --model.final-norm --model.no-final-norm "
@@ -96,7 +97,7 @@ INFO_FLAGS = """
         ("recipes", []),
         ("models", ["--all", "--no-all"]),
         ("info", INFO_FLAGS.split()),
-        ("export", ["--to", "--int8", "--no-int8", "--trust-data", "--no-trust-data"]),
+        ("export", EXPORT_FLAGS.split()),
     ],
 )
 def test_the_flags_of_the_other_verbs_are_frozen(run: Run, command: str, expected: list[str]):

@@ -90,20 +90,16 @@ def _shard_experts(module: nn.Module, mesh: Mesh) -> set[nn.Parameter]:
     sharded: set[nn.Parameter] = set()
     for layer in moe_layers(module).values() if mesh.expert > 1 and mesh.data > 1 else ():
         experts: nn.Module = layer.experts
-        split = {parameter for parameter in experts.parameters() if isinstance(parameter, DTensor)}
-        if any(parameter.shape[1] % mesh.data for parameter in split):
+        weights = list(experts.parameters())
+        # FSDP2 would leave a norm inside them to nobody; they then stay copies along `data`
+        if any(not isinstance(weight, DTensor) or weight.shape[1] % mesh.data for weight in weights):
             continue
-        fully_shard(
-            experts,
-            mesh=mesh.devices["data"],
-            reshard_after_forward=True,
-            shard_placement_fn=_second_dimension,
-            ignored_params=set(experts.parameters()) - split,  # norms, which all experts share
-        )
+        copies = mesh.devices["data"]
+        fully_shard(experts, mesh=copies, reshard_after_forward=True, shard_placement_fn=_second_dimension)
         assert isinstance(experts, FSDPModule)
         experts.set_gradient_divide_factor(mesh.size)
         experts.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies before
-        sharded |= {parameter for parameter in experts.parameters() if isinstance(parameter, DTensor)}
+        sharded |= set(experts.parameters())
     return sharded
 
 
