@@ -5,7 +5,11 @@ from __future__ import annotations
 import signal
 
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from sparse_mlp.distributed import MeshConfig, create_mesh
+from sparse_mlp.errors import UserError
 
 # Everything that could differ: noise, drop path, accumulation, clipping, an average, experts of both kinds of mixing.
 SPARSE = {
@@ -103,8 +107,6 @@ def test_killed_and_resumed_on_other_meshes(path, train_digits, metric_lines):
     [
         ({"expert": 3}, "mesh.expert 3 does not fit 2 processes: start torchrun with another number"),
         ({"data": 4, "expert": 2}, "mesh.expert 2 x mesh.data 4 does not fit 2 processes"),
-        ({"balance": "batch"}, "unknown mesh.balance 'batch'; allowed are global, rank"),
-        ({"expert": 0}, "mesh.expert 0 is below 1"),
     ],
 )
 def test_meshes_that_do_not_fit(mesh, message, train_digits):
@@ -112,6 +114,17 @@ def test_meshes_that_do_not_fit(mesh, message, train_digits):
     _, code = train_digits("run", ranks=2, train={"steps": 1}, mesh=mesh, errors=errors)
     assert code == 2
     assert message in errors[0].splitlines()[-1]
+
+
+def test_values_that_no_mesh_has():
+    with pytest.raises(UserError, match=r"unknown mesh.balance 'batch'; allowed are global, rank"):
+        MeshConfig(balance="batch")
+    with pytest.raises(UserError, match=r"mesh.expert 0 is below 1"):
+        MeshConfig(expert=0)
+    with pytest.raises(UserError, match=r"mesh.expert 2 does not fit 1 process: start torchrun"):
+        create_mesh(MeshConfig(expert=2), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"mesh.shard would be ignored: there is one process"):
+        create_mesh(MeshConfig(shard=True), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

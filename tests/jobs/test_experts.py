@@ -157,6 +157,7 @@ def test_routers_begin_as_the_centroids_of_the_first_training_batch(tmp_path: Pa
     assert sparse_mlp.resume(run.path, show=False).metrics == run.metrics
 
 
+@pytest.mark.slow
 def test_a_pretraining_begins_with_centroids_too(tmp_path: Path) -> None:
     experts = {"blocks": 1, "num_experts": 2, "router": "centroids"}
     args = {**SMALL, "patch_size": 2}

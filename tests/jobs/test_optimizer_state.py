@@ -79,6 +79,7 @@ def test_the_first_step_is_the_next_one_of_the_dense_run_where_nothing_else_chan
     assert (weights["dense"][name] - load_file(first.folder.weights())[name]).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_from_its_own_state(dense: sparse_mlp.Run, tmp_path: Path) -> None:
     given = recipe(weights=str(dense.path), optimizer_state=True, experts=EXPERTS)
     whole = sparse_mlp.train(given, tmp_path / "whole", show=False)
@@ -92,6 +93,7 @@ def test_the_run_goes_on_from_its_own_state(dense: sparse_mlp.Run, tmp_path: Pat
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_a_dense_run_and_one_of_the_same_experts_give_all_of_theirs(dense: sparse_mlp.Run, tmp_path: Path) -> None:
     state = begun(recipe(weights=str(dense.path), optimizer_state=True), tmp_path)
     assert all(torch.equal(values["exp_avg"], stored(dense)[name]["exp_avg"]) for name, values in state.items())
