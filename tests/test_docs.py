@@ -25,6 +25,14 @@ def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None
         assert not loaded, f"{page.name} loads {loaded}"
 
 
+def test_every_include_is_one() -> None:
+    """A formatter of code that finds an include in a block takes it for an expression."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        for line in page.read_text().splitlines():
+            if "--8" in line:
+                assert re.fullmatch(r'--8<-- "[^"]+"', line), f"{page.name}: {line}"
+
+
 def test_pictures_of_pages_exist() -> None:
     for page in (ROOT / "docs").rglob("*.md"):
         for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
