@@ -29,7 +29,6 @@ MESHES = [
     pytest.param(
         2, {"expert": 2, "shard": True}, {**SPARSE, "optim": {"opt": "sgd", "lr": 0.03}}, id="SGD", marks=slow
     ),
-    pytest.param(2, {"expert": 2}, {**SPARSE, "optim": {"opt": "lion", "lr": 3e-4}}, id="Lion", marks=slow),
     pytest.param(2, {"expert": 2}, CAPACITY, id="experts with a capacity", marks=slow),
     pytest.param(4, {}, SPARSE, id="four, DDP", marks=slow),
     pytest.param(4, {"shard": True}, CAPACITY, id="four, FSDP with a capacity", marks=slow),
