@@ -31,7 +31,8 @@ from interleaved import write_json
 from sparse_mlp import distributed
 from sparse_mlp.distributed import MeshConfig
 from sparse_mlp.distributed.cost import measure
-from sparse_mlp.distributed.plan import PlannedMesh, traffic
+from sparse_mlp.distributed.mesh import MeshShape
+from sparse_mlp.distributed.plan import traffic
 from sparse_mlp.engine import OptimConfig, TrainConfig
 from sparse_mlp.engine.learner import Learner
 from sparse_mlp.engine.saving import Saver
@@ -135,7 +136,7 @@ def planned_bytes(model: str, batch: int, mesh: MeshConfig) -> int:
     network = timm.create_model(model, num_classes=10, device="meta")
     channels, size, _ = network.pretrained_cfg["input_size"]
     cost = measure(network, batch // 2, channels, size)
-    planned = PlannedMesh(2 // mesh.expert, mesh.expert, mesh.shard)
+    planned = MeshShape(2 // mesh.expert, mesh.expert, mesh.shard)
     return 2 * sum(traffic(cost, planned).by_axis.values())
 
 

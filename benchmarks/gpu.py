@@ -33,8 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import moe_layer
 import sparse_mlp  # noqa: F401
 from interleaved import interleave, print_table, ratio, write_json
+from moe_layer import train_step
 from peers import PEERS
 from sparse_mlp.moe import MoeMlp, kernels
 from sparse_mlp.moe.kernels import cpu, grouped
@@ -144,24 +146,11 @@ def peak(bench: Bench) -> list[Row]:
 
 def dense_mlp(shape: Shape) -> nn.Module:
     """Of as many multiply-adds: K times the hidden width."""
-    hidden = shape.hidden * shape.top_k
-    return nn.Sequential(nn.Linear(shape.dim, hidden), nn.GELU(), nn.Linear(hidden, shape.dim))
+    return moe_layer.dense_mlp(shape.dim, shape.hidden * shape.top_k)
 
 
 def moe(shape: Shape, **kwargs: Any) -> nn.Module:
     return MoeMlp(shape.dim, shape.hidden, shape.experts, shape.top_k, **kwargs)
-
-
-def step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward + backward into fresh gradients, the input's too."""
-    grad = torch.randn_like(x)
-
-    def run() -> None:
-        x.grad = None
-        layer.zero_grad(set_to_none=True)
-        layer(x).backward(grad)
-
-    return run
 
 
 def layers(bench: Bench) -> list[Row]:
@@ -187,7 +176,7 @@ def _layer_row(bench: Bench, shape: Shape, build: dict[str, Callable[[], nn.Modu
         try:
             with torch.device(bench.device):
                 made[name] = make().to(bench.device, dtype).train()
-            run = step(made[name], x)
+            run = train_step(made[name], x)
             run()
             runs[name] = run
         except Exception as error:  # a peer that is not installed, or does not run here
@@ -232,8 +221,8 @@ def float32(bench: Bench) -> list[Row]:
     for shape in (bench.layers[0], bench.layers[-1]):
         layer, dense = moe(shape).to(bench.device), dense_mlp(shape).to(bench.device)
         x = torch.randn(shape.items, shape.dim, device=bench.device, requires_grad=True)
-        as_it_is = step(layer, x)
-        runs = {"dense": step(dense, x), "definition": _definition(as_it_is), "fallback": _fallback(as_it_is)}
+        as_it_is = train_step(layer, x)
+        runs = {"dense": train_step(dense, x), "definition": _definition(as_it_is), "fallback": _fallback(as_it_is)}
         runs["as it is"] = as_it_is
         seconds = bench.times(runs)
         row: Row = {"shape": str(shape), "E": shape.experts, "K": shape.top_k}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.torchrun import finished, torchrun
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
@@ -24,23 +25,9 @@ def test_examples_run(program: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_loop_on_two_processes_is_that_of_one(tmp_path: Path) -> None:
+def test_a_loop_on_two_processes_is_that_of_one() -> None:
     program = next(path for path in EXAMPLES if path.stem == "many_processes")
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    printed = []
-    for ranks in ("1", "2"):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            ranks,
-            str(program),
-        ]
-        done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
+    printed = [finished(torchrun(program, ranks=ranks))[0] for ranks in (1, 2)]
     assert printed[0].count("loss") == 4
     assert printed[0] == printed[1]
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.headline.arms import PARTS, HeadlineRecipe, NamedRun, headline_runs
+from experiments.headline.arms import PARTS, HeadlineRecipe, headline_runs
 from experiments.headline.study import Arm, arm_results, study_figure, study_table
-from experiments.runs import finish, is_finished
+from experiments.runs import NamedRun, finish, is_finished, with_source
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Run, summarize
 from sparse_mlp.report import read_run
@@ -86,21 +86,13 @@ def train_missing(given: argparse.Namespace) -> None:
         finish(recipe, folder)
 
 
-def _with_inputs(planned: NamedRun, given: argparse.Namespace) -> HeadlineRecipe:
-    """The run's recipe with its images and the weights it begins with.
-
-    FileNotFoundError if the run that these come from is not finished.
-    """
+def _with_inputs(planned: NamedRun[HeadlineRecipe], given: argparse.Namespace) -> HeadlineRecipe:
+    """The run's recipe with its images and the weights it begins with."""
     recipe = planned.recipe
     root = {"cifar10": given.cifar10, "folder": given.cifar100_fifth}.get(recipe.data.name)
     if root is not None:
         recipe = replace(recipe, data=replace(recipe.data, root=root))
-    if planned.source is None:
-        return recipe
-    source = given.out / planned.source
-    if not is_finished(source):
-        raise FileNotFoundError(f"{planned.name} begins with {source}, which is not finished: run pretrain first")
-    return replace(recipe, model=replace(recipe.model, weights=str(source.resolve())))
+    return with_source(recipe, planned, given.out)
 
 
 def write_results(out: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from experiments.runs import NamedRun
 from sparse_mlp.data import AugmentConfig, DataConfig, ViewsConfig
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.errors import UserError
@@ -94,23 +95,7 @@ ABLATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class NamedRun:
-    """One run of the experiment; its folder is `part/arm/seed<seed>`."""
-
-    part: str
-    arm: str
-    seed: int
-    recipe: HeadlineRecipe
-    source: str | None = None
-    """Name of the run whose weights it begins with."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.part}/{self.arm.replace(' ', '_')}/seed{self.seed}"
-
-
-def headline_runs(parts: tuple[str, ...] = PARTS, seeds: int = 3) -> Iterator[NamedRun]:
+def headline_runs(parts: tuple[str, ...] = PARTS, seeds: int = 3) -> Iterator[NamedRun[HeadlineRecipe]]:
     """The runs of some parts in the order to make them: all models with the first seed, then with the next.
 
     UserError for an unknown part, or less than one seed.

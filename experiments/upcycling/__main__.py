@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.runs import finish, is_finished
-from experiments.upcycling.arms import NamedRun, planned_runs
+from experiments.runs import finish, is_finished, with_source
+from experiments.upcycling.arms import planned_runs
 from experiments.upcycling.tables import write_results
 from sparse_mlp.errors import UserError
-from sparse_mlp.jobs.classify import ClassifyRecipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,16 +49,9 @@ def train_missing(out: Path, cifar10: str | None) -> None:
         if is_finished(folder):
             print(f"{planned.name}: finished before", flush=True)
             continue
-        run = finish(_with_inputs(planned, out, cifar10), folder)
+        recipe = replace(planned.recipe, data=replace(planned.recipe.data, root=cifar10))
+        run = finish(with_source(recipe, planned, out), folder)
         print(f"{planned.name}: top-1 {run.metrics['top1']:.2%}", flush=True)
-
-
-def _with_inputs(planned: NamedRun, out: Path, cifar10: str | None) -> ClassifyRecipe:
-    """The run's recipe with its images and the weights it begins with."""
-    recipe = replace(planned.recipe, data=replace(planned.recipe.data, root=cifar10))
-    if planned.source is None:
-        return recipe
-    return replace(recipe, model=replace(recipe.model, weights=str((out / planned.source).resolve())))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
+from experiments.runs import NamedRun
 from sparse_mlp.data import AugmentConfig, DataConfig, InputSpec
 from sparse_mlp.engine import OptimConfig, ScheduleConfig, TrainConfig
 from sparse_mlp.jobs import ModelConfig
@@ -102,23 +103,7 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-@dataclass(frozen=True)
-class NamedRun:
-    """One run; its folder is `subject/arm/seed<seed>`."""
-
-    subject: str
-    arm: str
-    seed: int
-    recipe: ClassifyRecipe
-    source: str | None = None
-    """Name of the run whose weights it begins with."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.subject}/{self.arm.replace(' ', '_')}/seed{self.seed}"
-
-
-def planned_runs() -> Iterator[NamedRun]:
+def planned_runs() -> Iterator[NamedRun[ClassifyRecipe]]:
     """All runs in the order to make them: the table seed by seed, then the variants."""
     for seed in SEEDS:
         for name in SUBJECTS:
@@ -127,7 +112,7 @@ def planned_runs() -> Iterator[NamedRun]:
         yield _upcycled("mixer", variant, 0, VARIANTS[variant])
 
 
-def _four_arms(name: str, seed: int) -> Iterator[NamedRun]:
+def _four_arms(name: str, seed: int) -> Iterator[NamedRun[ClassifyRecipe]]:
     subject = SUBJECTS[name]
     whole, later = subject.epochs + subject.further_epochs, seed + _AFTER_SEAM
     dense = _recipe(subject.model, subject.epochs, subject.lr, seed)
@@ -138,7 +123,7 @@ def _four_arms(name: str, seed: int) -> Iterator[NamedRun]:
     yield NamedRun(name, SCRATCH, seed, _recipe(_with_experts(subject), whole, subject.lr, seed))
 
 
-def _upcycled(name: str, arm: str, seed: int, variant: Variant) -> NamedRun:
+def _upcycled(name: str, arm: str, seed: int, variant: Variant) -> NamedRun[ClassifyRecipe]:
     subject = SUBJECTS[name]
     model = _with_experts(subject, **variant.experts)
     recipe = _recipe(model, subject.further_epochs, subject.lr * variant.seam_lr, seed + _AFTER_SEAM)

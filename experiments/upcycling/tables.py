@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
-from experiments.runs import is_finished
+from experiments.runs import NamedRun, is_finished
 from experiments.upcycling.arms import (
     ARMS,
     BATCH_SIZE,
@@ -23,13 +23,13 @@ from experiments.upcycling.arms import (
     SUBJECTS,
     UPCYCLED,
     VARIANTS,
-    NamedRun,
     multiply_adds,
     planned_runs,
 )
 from sparse_mlp.engine.run import environment
 from sparse_mlp.errors import UserError
 from sparse_mlp.jobs import Run
+from sparse_mlp.jobs.classify import ClassifyRecipe
 from sparse_mlp.moe import MoeMlp
 from sparse_mlp.report import read_run
 from sparse_mlp.report.style import save_png
@@ -62,7 +62,7 @@ def write_results(out: Path, target: Path) -> list[Path]:
     return [data, tables, figure]
 
 
-def measure(planned: NamedRun, out: Path) -> dict[str, Any]:
+def measure(planned: NamedRun[ClassifyRecipe], out: Path) -> dict[str, Any]:
     """Accuracy, costs and training loss of a finished run."""
     run, data = Run(out / planned.name), read_run(out / planned.name)
     macs = multiply_adds(planned.recipe.model)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.torchrun import finished, torchrun
 
 TRAIN = [
     "-m", "sparse_mlp", "train", "digits_sparse", "--train.steps", "24", "--train.epochs", "None",
@@ -23,13 +24,8 @@ TRAIN = [
 ]  # fmt: skip
 
 
-def torchrun(out: Path, *options: str, ranks: int = 2) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [*command, *TRAIN, "--out", str(out)], text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=environment,
-    )  # fmt: skip
+def train(out: Path, *options: str, ranks: int = 2) -> subprocess.Popen[str]:
+    return torchrun(*TRAIN, "--out", out, ranks=ranks, options=options)
 
 
 def workers(agent: subprocess.Popen[str]) -> Iterator[int]:
@@ -62,9 +58,17 @@ def events(run: Path) -> list[str]:
     return [line["what"] for line in lines if line["kind"] == "event"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    finished(train(out, "--standalone"))
+    return out
+
+
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job_within_a_minute(tmp_path):
-    agent = torchrun(tmp_path / "run", "--standalone")
+    agent = train(tmp_path / "run", "--standalone")
     killed = kill_one(agent, tmp_path / "run", 6)
     _, errors = agent.communicate(timeout=120)
     assert time.monotonic() - killed < 60
@@ -74,39 +78,32 @@ def test_a_killed_rank_ends_the_job_within_a_minute(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hosts", [1, 2])
-def test_a_killed_rank_is_started_again_and_nothing_is_lost(hosts, tmp_path):
+def test_a_killed_rank_is_started_again_and_nothing_is_lost(hosts, whole, tmp_path):
     """The weights at the end are those of an undisturbed run. Two agents meet as two machines do."""
-    whole = torchrun(tmp_path / "whole", "--standalone")
-    _, errors = whole.communicate(timeout=300)
-    assert whole.returncode == 0, errors
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--max-restarts", "2", "--standalone"]
     if hosts == 2:
         options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", *options[:2]]
-    agents = [torchrun(tmp_path / "run", *options, ranks=2 // hosts) for _ in range(hosts)]
+    agents = [train(tmp_path / "run", *options, ranks=2 // hosts) for _ in range(hosts)]
     kill_one(agents[-1], tmp_path / "run", 6)
     for agent in agents:
-        _, errors = agent.communicate(timeout=300)
-        assert agent.returncode == 0, errors
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
+        finished(agent)
+    expected, found = weights(whole), weights(tmp_path / "run")
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     assert events(tmp_path / "run").count("resumed") == 1
 
 
 @pytest.mark.slow
-def test_starting_again_touches_no_run_of_another_job(tmp_path):
+def test_starting_again_touches_no_run_of_another_job(whole):
     """The first attempt refuses the folder, and so does the second."""
-    whole = torchrun(tmp_path / "run", "--standalone")
-    _, errors = whole.communicate(timeout=300)
-    assert whole.returncode == 0, errors
-    before = (tmp_path / "run/metrics.jsonl").read_text()
-    other = torchrun(tmp_path / "run", "--standalone", "--max-restarts", "1")
+    before = (whole / "metrics.jsonl").read_text()
+    other = train(whole, "--standalone", "--max-restarts", "1")
     _, errors = other.communicate(timeout=300)
     assert other.returncode != 0
     assert errors.count("holds a run already") >= 2
-    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    assert (whole / "metrics.jsonl").read_text() == before
 
 
 ALONE = """

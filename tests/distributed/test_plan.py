@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_mlp.distributed.cost import LayerCost, StepCost, UnitCost, measure
-from sparse_mlp.distributed.plan import GIB, Hardware, PlannedMesh, memory, meshes, plan, plans, traffic
+from sparse_mlp.distributed.mesh import MeshShape
+from sparse_mlp.distributed.plan import GIB, Hardware, memory, meshes, plan, plans, traffic
 from sparse_mlp.errors import UserError
 from sparse_mlp.moe.telemetry import moe_layers
 
@@ -45,7 +46,7 @@ def test_memory_is_that_of_a_real_step(kwargs: dict[str, Any], monkeypatch: pyte
     use_backend("grouped", monkeypatch)
     torch.manual_seed(0)
     model, x = timm.create_model("sparse_mlp_t4_32", **kwargs), torch.randn(16, 3, 32, 32)
-    held = memory(measure(build("sparse_mlp_t4_32", **kwargs), 16, 3, 32), PlannedMesh(1, 1))
+    held = memory(measure(build("sparse_mlp_t4_32", **kwargs), 16, 3, 32), MeshShape(1, 1))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     assert most_allocated(lambda: model(x).sum().backward()) == pytest.approx(held.activations, rel=0.1)
@@ -137,7 +138,7 @@ COST = StepCost(
 
 def test_bytes_by_hand() -> None:
     """1,600 weights and 800 in 4 experts, 4 bytes each, on 4 x 2 ranks: 2 experts, 1,600 bytes of them, on each."""
-    sent = traffic(COST, PlannedMesh(4, 2))
+    sent = traffic(COST, MeshShape(4, 2))
     assert sent.dense_gradients == 2 * 6400 * 7 // 8
     assert sent.expert_gradients == 2 * 1600 * 3 // 4
     assert sent.rows == 2 * 1000 * 10 * (4 + 2) // 2, "half of the rows leave, in forward and in backward"
@@ -145,20 +146,20 @@ def test_bytes_by_hand() -> None:
     assert sent.balance == 2 * 2 * 8 * 4 * 7 // 8, "in both directions"
     assert (sent.dense_shards, sent.expert_shards) == (0, 0)
     assert sent.by_axis == {"all": 11200 + 112, "data": 2400, "expert": 60016}
-    assert traffic(COST, PlannedMesh(4, 2), remote=0.25).rows == sent.rows // 2
-    sharded = traffic(COST, PlannedMesh(4, 2, shard=True))
+    assert traffic(COST, MeshShape(4, 2), remote=0.25).rows == sent.rows // 2
+    sharded = traffic(COST, MeshShape(4, 2, shard=True))
     assert (sharded.dense_gradients, sharded.dense_shards) == (5600, 11200)
     assert (sharded.expert_gradients, sharded.expert_shards) == (1200, 2400)
     assert (sharded.rows, sharded.counts) == (sent.rows, sent.counts)
-    assert set(traffic(COST, PlannedMesh(1, 1)).by_axis.values()) == {0}
+    assert set(traffic(COST, MeshShape(1, 1)).by_axis.values()) == {0}
 
 
 def test_memory_by_hand() -> None:
-    held = memory(COST, PlannedMesh(4, 2), states=1)
+    held = memory(COST, MeshShape(4, 2), states=1)
     assert (held.weights, held.gradients, held.optimizer) == (4 * (1600 + 400),) * 3
     assert held.buffers == 2 * 1000 * 10 * 4
     assert held.total == 3 * 8000 + 5000 + 80000
-    sharded = memory(COST, PlannedMesh(4, 2, shard=True))
+    sharded = memory(COST, MeshShape(4, 2, shard=True))
     assert (sharded.weights, sharded.optimizer) == (4 * (200 + 100), 2 * 4 * 300)
     assert sharded.buffers == held.buffers + 3 * 4 * (1500 + 400)
 
@@ -167,12 +168,12 @@ def test_time_by_hand() -> None:
     """4 GFLOP at 1 TFLOP/s are 4 ms; 2 machines of 4 GPUs: a ring over 8 ranks passes 3/4 of the bytes within a machine
     and 1/2 of a quarter of them between."""
     slow = Hardware(tflops=1, bandwidth=1e3, node=4, node_link=1e-3, link=1e-4, latency=1e-9)
-    found = plan(COST, PlannedMesh(8, 1), slow).seconds
+    found = plan(COST, MeshShape(8, 1), slow).seconds
     assert found.compute == pytest.approx(4e-3, rel=1e-3)
     size = 4 * 2400
     assert found.dense == pytest.approx(2 * size * (0.75 / 1e6 + 0.5 / 4 / 1e5), rel=1e-3)
     assert found.rows == 0
-    split = plan(COST, PlannedMesh(4, 2), slow).seconds
+    split = plan(COST, MeshShape(4, 2), slow).seconds
     assert split.rows == pytest.approx(60000 / 1e6, rel=1e-3)
     assert split.overlapped < split.total
 
@@ -184,7 +185,7 @@ def test_the_best_mesh_fits_and_is_the_fastest_that_does() -> None:
     least = min(one.memory.total for one in found)
     tight = plans(COST, 8, Hardware(memory=least / GIB))
     assert [one.fits for one in tight] == [True, *[False] * 5] and tight[0].memory.total == least
-    assert [one.mesh for one in plans(COST, 1, Hardware())] == [PlannedMesh(1, 1)]
+    assert [one.mesh for one in plans(COST, 1, Hardware())] == [MeshShape(1, 1)]
 
 
 @pytest.mark.parametrize(

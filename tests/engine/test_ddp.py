@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.torchrun import finished, torchrun
 
 # No noise and no drop path: these draw other numbers on each rank.
 SPARSE = {
@@ -139,10 +137,7 @@ def test_torchrun(tmp_path):
     spec = f"SPEC = {{'run': {str(tmp_path / 'run')!r}, 'model': 'mixer_t4_32', 'train': {{'steps': 4}}}}\n"
     start = tmp_path / "start.py"
     start.write_text(f"import runpy\n{spec}runpy.run_path({str(program)!r}, {{'SPEC': SPEC}}, '__main__')\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", start]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr
+    _, errors = finished(torchrun(start, ranks=2))
     assert (tmp_path / "run/checkpoints/step_00000004/model.safetensors").exists()
-    assert result.stderr.count("step 4/4  test") == 1, "only rank 0 shows progress"
+    assert errors.count("step 4/4  test") == 1, "only rank 0 shows progress"
     assert torch.isfinite(torch.from_numpy(np.load(tmp_path / "run/predictions.npz")["logits"])).all()

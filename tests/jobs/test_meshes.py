@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tests.torchrun import finished, torchrun
 
 pytestmark = pytest.mark.slow  # each starts processes that import torch
 
@@ -63,22 +62,8 @@ MESHES = {
 
 def train(out: Path, ranks: int, *words: str) -> list[float]:
     """The losses of a run's steps."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [
-        "-m",
-        "sparse_mlp",
-        "train",
-        *words,
-        "--train.log-every",
-        "1",
-        "--train.eval-every",
-        "0",
-        "--out",
-        str(out),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=500)
-    assert result.returncode == 0, result.stderr[:2000]
+    logging = ["--train.log-every", "1", "--train.eval-every", "0"]
+    finished(torchrun("-m", "sparse_mlp", "train", *words, *logging, "--out", out, ranks=ranks), 500)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert (out / "report.html").is_file()
     return [line["loss"] for line in lines if line["kind"] == "train"]

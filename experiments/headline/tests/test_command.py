@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from experiments.headline import __main__ as headline
-from experiments.headline.arms import PARTS, NamedRun
+from experiments.headline.arms import PARTS
+from experiments.runs import NamedRun
 from sparse_mlp import recipes
 from sparse_mlp.engine import ScheduleConfig, TrainConfig
 from sparse_mlp.jobs import ModelConfig, Run

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.runs import NamedRun
 from experiments.upcycling import __main__ as program
 from experiments.upcycling import tables
-from experiments.upcycling.arms import ARMS, SUBJECTS, VARIANTS, NamedRun, multiply_adds, planned_runs
+from experiments.upcycling.arms import ARMS, SUBJECTS, VARIANTS, multiply_adds, planned_runs
 from sparse_mlp import recipes
 from sparse_mlp.engine import ScheduleConfig, TrainConfig
 from sparse_mlp.moe import MoeMlp
@@ -86,7 +87,7 @@ def small_runs() -> Iterator[NamedRun]:
     digits = recipes.get("digits_mixer")
     train = TrainConfig(steps=6, log_every=1, eval_every=0, save_every=0)
     for run in planned_runs():
-        if run.subject == "mixer" and run.seed == 0 and run.arm in ARMS:
+        if run.part == "mixer" and run.seed == 0 and run.arm in ARMS:
             model = replace(run.recipe.model, args={**run.recipe.model.args, "patch_size": 4})
             recipe = replace(run.recipe, model=model, data=digits.data, augment=digits.augment)
             yield replace(run, recipe=replace(recipe, train=train, schedule=ScheduleConfig()))

@@ -14,7 +14,7 @@ SHOWN = 12
 
 def show_plans(out: Console, name: str, cost: StepCost, found: list[Plan], hardware: Hardware) -> None:
     """The best meshes of a model, what each needs, and what the estimate assumes."""
-    gpus = found[0].mesh.ranks
+    gpus = found[0].mesh.size
     out.print(
         f"{name}: {cost.dense + cost.experts:,} parameters, {cost.experts:,} of them in experts; a step of "
         f"{cost.images * gpus:,} images on {gpus:,} GPUs, {cost.images:,} each, {cost.flops / 2e12:,.2f} T multiply-"

@@ -8,7 +8,7 @@ evenly loaded, whatever their number.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparse_mlp.distributed.parallelize import units
 from sparse_mlp.moe import MoeMlp, dispatch
 from sparse_mlp.moe.experts import ExpertLinear, product_type
 from sparse_mlp.moe.telemetry import moe_layers
@@ -34,8 +35,8 @@ class LayerCost:
     """One MoE layer in one step of one rank.
 
     rows: M, of all its experts. width: D. sent_size, returned_size: bytes of a number of a row on its way to the
-    experts and back. parameters: of all experts. flops: of the experts,
-    forward and backward. totals: numbers whose sum over the ranks the balance loss takes.
+    experts and back. parameters: of all experts. flops: of the experts, forward and backward. totals: numbers whose sum
+    over the ranks the balance loss takes.
     """
 
     name: str
@@ -51,7 +52,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class UnitCost:
-    """Weights of a block, or of a module beside the blocks: outside experts, and of all experts."""
+    """Weights that FSDP2 gathers together, of a block or of all beside the blocks: outside experts, and of experts."""
 
     dense: int
     experts: int
@@ -61,7 +62,7 @@ class UnitCost:
 class StepCost:
     """One step of one rank on `images` images.
 
-    dense: parameters outside experts. units: of the model, in order. layers: its MoE layers. activations: most bytes
+    dense: parameters outside experts. units: see `parallelize.units`. layers: its MoE layers. activations: most bytes
     at a time during forward and backward, without weights and their gradients. flops: all, forward and backward.
     weight_size, product_size: bytes of a weight, and of one as matrix products take it.
     """
@@ -103,7 +104,7 @@ def measure(model: nn.Module, images: int, channels: int, image_size: int, amp: 
     return StepCost(
         images=images,
         dense=sum(count for name, count in sizes.items() if name not in stacked),
-        units=tuple(_units(model, stacked)),
+        units=_units(model, stacked),
         layers=tuple(_layer(name, layer, *seen[name]) for name, layer in layers.items()),
         activations=live.peak,
         written=live.written,
@@ -231,12 +232,15 @@ def _layer(name: str, layer: MoeMlp, rows: Tensor, returned: Tensor) -> LayerCos
     )
 
 
-def _units(model: nn.Module, stacked: set[str]) -> Iterator[UnitCost]:
-    """Children, and the children of lists of blocks."""
-    for name, child in model.named_children():
-        parts = child.named_children() if isinstance(child, nn.Sequential | nn.ModuleList) else [("", child)]
-        for part, module in parts:
-            prefix = f"{name}.{part}" if part else name
-            sizes = {f"{prefix}.{inner}": parameter.numel() for inner, parameter in module.named_parameters()}
-            experts = sum(count for full, count in sizes.items() if full in stacked)
-            yield UnitCost(sum(sizes.values()) - experts, experts)
+def _units(model: nn.Module, stacked: set[str]) -> tuple[UnitCost, ...]:
+    """Of each block, and of what is beside the blocks."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def cost(parameters: Iterable[nn.Parameter]) -> UnitCost:
+        sizes = {names[id(parameter)]: parameter.numel() for parameter in parameters}
+        experts = sum(count for name, count in sizes.items() if name in stacked)
+        return UnitCost(sum(sizes.values()) - experts, experts)
+
+    blocks = [list(unit.parameters()) for unit in units(model)]
+    inside = {id(parameter) for block in blocks for parameter in block}
+    return (*map(cost, blocks), cost(p for p in model.parameters() if id(p) not in inside))

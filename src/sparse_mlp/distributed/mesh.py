@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -40,13 +40,28 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """The processes of a run as data x expert; rank = data index x expert size + expert index."""
+class MeshShape:
+    """data x expert ranks; rank = data index x expert size + expert index. `shard`: as in MeshConfig."""
 
     data: int
     expert: int
-    shard: bool
-    device: torch.device
+    shard: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.data * self.expert
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a rank lacks weights, so that each forward of the model is collective."""
+        return self.expert > 1 or (self.shard and self.size > 1)
+
+
+@dataclass(frozen=True)
+class Mesh(MeshShape):
+    """The processes of a run."""
+
+    device: torch.device = field(kw_only=True)
 
     @cached_property
     def devices(self) -> DeviceMesh:
@@ -57,15 +72,6 @@ class Mesh:
     def everyone(self) -> DeviceMesh:
         """All ranks in one dimension."""
         return self.devices["data", "expert"]._flatten("everyone")
-
-    @property
-    def size(self) -> int:
-        return self.data * self.expert
-
-    @property
-    def is_split(self) -> bool:
-        """Whether a rank lacks weights, so that each forward of the model is collective."""
-        return self.expert > 1 or (self.shard and self.size > 1)
 
     @property
     def expert_group(self) -> dist.ProcessGroup:
@@ -85,4 +91,4 @@ def create_mesh(config: MeshConfig, device: torch.device) -> Mesh:
         raise UserError(f"{given} does not fit {size} process{'es' * (size > 1)}: start torchrun with another number")
     if config.shard and size == 1:
         raise UserError("mesh.shard would be ignored: there is one process; start several with torchrun")
-    return Mesh(data, config.expert, config.shard, device)
+    return Mesh(data, config.expert, config.shard, device=device)

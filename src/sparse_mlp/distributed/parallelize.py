@@ -61,10 +61,9 @@ def parallelize(module: nn.Module, mesh: Mesh, *, balance: str = "global", forwa
     if balance == "global":
         sync_balance(module)
     draw_by_item(module)
-    if mesh.size > 1:
-        sync_batch_norm(module)
     if mesh.size == 1:
         return Parallel(module, mesh, None)
+    sync_batch_norm(module)
     shards = _shard_experts(module, mesh) if mesh.shard else set[nn.Parameter]()
     apart = {p: name for name, p in module.named_parameters() if isinstance(p, DTensor) and p not in shards}
     copies = mesh.data_group if mesh.data > 1 else None
@@ -91,7 +90,7 @@ def _shard_experts(module: nn.Module, mesh: Mesh) -> set[nn.Parameter]:
     for layer in moe_layers(module).values() if mesh.expert > 1 and mesh.data > 1 else ():
         experts: nn.Module = layer.experts
         weights = list(experts.parameters())
-        # FSDP2 would leave a norm inside them to nobody; they then stay copies along `data`
+        # a norm inside them would be left to nobody; such experts stay copies along `data`
         if any(not isinstance(weight, DTensor) or weight.shape[1] % mesh.data for weight in weights):
             continue
         copies = mesh.devices["data"]

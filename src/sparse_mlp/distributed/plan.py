@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from sparse_mlp.distributed.cost import LayerCost, StepCost
+from sparse_mlp.distributed.mesh import MeshShape
 from sparse_mlp.errors import UserError
 
 GIB = 2**30
@@ -45,19 +46,6 @@ class Hardware:
             value = getattr(self, field.name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"{field.name.replace('_', '-')} {value:g} must be above 0")
-
-
-@dataclass(frozen=True)
-class PlannedMesh:
-    """data x expert ranks; `shard`: weights, gradients and optimiser spread over the ranks that have the same ones."""
-
-    data: int
-    expert: int
-    shard: bool = False
-
-    @property
-    def ranks(self) -> int:
-        return self.data * self.expert
 
 
 @dataclass(frozen=True)
@@ -131,7 +119,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Plan:
-    mesh: PlannedMesh
+    mesh: MeshShape
     memory: Memory
     traffic: Traffic
     seconds: Seconds
@@ -148,14 +136,14 @@ def plans(cost: StepCost, ranks: int, hardware: Hardware, *, states: int = 2, ex
     return sorted(found, key=lambda one: (not one.fits, one.seconds.total if one.fits else one.memory.total))
 
 
-def plan(cost: StepCost, mesh: PlannedMesh, hardware: Hardware, *, states: int = 2) -> Plan:
+def plan(cost: StepCost, mesh: MeshShape, hardware: Hardware, *, states: int = 2) -> Plan:
     held = memory(cost, mesh, states=states)
     return Plan(
         mesh, held, traffic(cost, mesh), seconds(cost, mesh, hardware, states), held.total <= hardware.memory * GIB
     )
 
 
-def meshes(cost: StepCost, ranks: int, expert: int | None = None) -> Iterator[PlannedMesh]:
+def meshes(cost: StepCost, ranks: int, expert: int | None = None) -> Iterator[MeshShape]:
     """Every division of the ranks into data x expert that gives each rank as many experts, sharded or not."""
     if ranks < 1:
         raise UserError(f"{ranks} GPUs: at least 1 is needed")
@@ -165,7 +153,7 @@ def meshes(cost: StepCost, ranks: int, expert: int | None = None) -> Iterator[Pl
     for size in range(1, common + 1) if expert is None else [expert]:
         if common % size == 0:
             for shard in (False, True) if ranks > 1 else (False,):
-                yield PlannedMesh(ranks // size, size, shard)
+                yield MeshShape(ranks // size, size, shard)
 
 
 def check_expert_axis(cost: StepCost, ranks: int, expert: int) -> None:
@@ -184,7 +172,7 @@ def check_expert_axis(cost: StepCost, ranks: int, expert: int) -> None:
 # Memory
 
 
-def memory(cost: StepCost, mesh: PlannedMesh, *, states: int = 2) -> Memory:
+def memory(cost: StepCost, mesh: MeshShape, *, states: int = 2) -> Memory:
     """Of one rank, experts evenly loaded."""
     experts = cost.experts // mesh.expert
     weights = cost.weight_size * _kept(cost.dense, experts, mesh)
@@ -198,19 +186,19 @@ def memory(cost: StepCost, mesh: PlannedMesh, *, states: int = 2) -> Memory:
     )
 
 
-def _kept(dense: int, experts: int, mesh: PlannedMesh) -> int:
+def _kept(dense: int, experts: int, mesh: MeshShape) -> int:
     """Of so many parameters outside experts and so many of a rank's own experts, those that it keeps."""
-    return -(-dense // mesh.ranks) - (-experts // mesh.data) if mesh.shard else dense + experts
+    return -(-dense // mesh.size) - (-experts // mesh.data) if mesh.shard else dense + experts
 
 
-def _rows_on_their_way(cost: StepCost, mesh: PlannedMesh) -> int:
+def _rows_on_their_way(cost: StepCost, mesh: MeshShape) -> int:
     """The rows of the largest layer, where they come from and where they arrive."""
     if mesh.expert == 1:
         return 0
     return max(2 * layer.rows * layer.width * max(layer.sent_size, layer.returned_size) for layer in cost.layers)
 
 
-def _gathered(cost: StepCost, mesh: PlannedMesh) -> int:
+def _gathered(cost: StepCost, mesh: MeshShape) -> int:
     """Weights of a block in use and of the next, and the gradients of the one."""
     if not mesh.shard:
         return 0
@@ -220,7 +208,7 @@ def _gathered(cost: StepCost, mesh: PlannedMesh) -> int:
 # Bytes
 
 
-def traffic(cost: StepCost, mesh: PlannedMesh, *, remote: float | None = None) -> Traffic:
+def traffic(cost: StepCost, mesh: MeshShape, *, remote: float | None = None) -> Traffic:
     """Of one rank in one step, of ring collectives.
 
     `remote`: the share of the rows that goes to other ranks, where it is known; None: (expert - 1) / expert, that of
@@ -230,13 +218,13 @@ def traffic(cost: StepCost, mesh: PlannedMesh, *, remote: float | None = None) -
     share = (mesh.expert - 1) / mesh.expert if remote is None else remote
     passes = 1 if mesh.shard else 2
     return Traffic(
-        dense_gradients=_ring(dense, mesh.ranks, passes),
+        dense_gradients=_ring(dense, mesh.size, passes),
         expert_gradients=_ring(experts, mesh.data, passes),
-        dense_shards=_ring(dense, mesh.ranks, 2) if mesh.shard else 0,
+        dense_shards=_ring(dense, mesh.size, 2) if mesh.shard else 0,
         expert_shards=_ring(experts, mesh.data, 2) if mesh.shard else 0,
         rows=round(sum(2 * share * _row_bytes(layer) for layer in cost.layers)),
         counts=sum(COUNT_SIZE * layer.num_experts // mesh.expert * (mesh.expert - 1) for layer in cost.layers),
-        balance=sum(2 * _ring(TOTAL_SIZE * layer.totals, mesh.ranks, 2) for layer in cost.layers),
+        balance=sum(2 * _ring(TOTAL_SIZE * layer.totals, mesh.size, 2) for layer in cost.layers),
     )
 
 
@@ -253,10 +241,10 @@ def _ring(size: int, ranks: int, passes: int) -> int:
 # Time
 
 
-def seconds(cost: StepCost, mesh: PlannedMesh, hardware: Hardware, states: int = 2) -> Seconds:
+def seconds(cost: StepCost, mesh: MeshShape, hardware: Hardware, states: int = 2) -> Seconds:
     """An estimate from data sheets: see `Hardware` for what it assumes."""
     experts = cost.experts // mesh.expert
-    everyone = _Group(mesh.ranks, min(mesh.ranks, hardware.node))
+    everyone = _Group(mesh.size, min(mesh.size, hardware.node))
     copies = _Group(mesh.data, min(mesh.data, max(1, hardware.node // mesh.expert)))
     passes = 3 if mesh.shard else 2
     rings = everyone.ring(cost.weight_size * cost.dense, passes, hardware)
@@ -270,7 +258,7 @@ def seconds(cost: StepCost, mesh: PlannedMesh, hardware: Hardware, states: int =
     )
 
 
-def _compute(cost: StepCost, mesh: PlannedMesh, hardware: Hardware) -> float:
+def _compute(cost: StepCost, mesh: MeshShape, hardware: Hardware) -> float:
     """Products, and every operator's result written and read once; where experts have few rows each, no faster than
     their weights are read twice and the gradients written."""
     speed = 1e12 * (hardware.tflops or TFLOPS[cost.product_size])
@@ -299,7 +287,7 @@ class _Group:
         return passes * (within + between + 1e-6 * hardware.latency * math.log2(self.ranks))
 
 
-def _all_to_all(layer: LayerCost, mesh: PlannedMesh, hardware: Hardware) -> float:
+def _all_to_all(layer: LayerCost, mesh: MeshShape, hardware: Hardware) -> float:
     """There and back, forward and backward: a message to every rank of the axis; both kinds of links at once."""
     if mesh.expert == 1:
         return 0.0

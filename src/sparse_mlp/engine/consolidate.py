@@ -6,7 +6,6 @@ import json
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,13 +31,16 @@ def consolidate(state: Path, names: Mapping[str, str], target: Path, buffer: int
     """
     reader = HuggingFaceStorageReader(str(state))
     stored: Any = reader.read_metadata().state_dict_metadata
-    sizes = {name: (stored[source].properties.dtype, tuple(stored[source].size)) for name, source in names.items()}
-    ordered = sorted(sizes, key=lambda name: (-sizes[name][0].itemsize, name))  # as safetensors does: aligned
+    empty = {
+        name: torch.empty(stored[source].size, dtype=stored[source].properties.dtype, device="meta")
+        for name, source in names.items()
+    }
+    # in safetensors' order, in which everything is aligned
+    empty = dict(sorted(empty.items(), key=lambda entry: (-entry[1].itemsize, entry[0])))
     with target.open("wb") as file:
-        _write_header(file, {name: sizes[name] for name in ordered})
-        lengths = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in sizes.items()}
-        for part in _parts(ordered, lengths, buffer):
-            _copy(file, reader, {names[name]: torch.empty(sizes[name][1], dtype=sizes[name][0]) for name in part})
+        _write_header(file, empty)
+        for part in _parts(empty, buffer):
+            _copy(file, reader, {names[name]: torch.empty_like(empty[name], device="cpu") for name in part})
 
 
 def _copy(file: BinaryIO, reader: HuggingFaceStorageReader, tensors: dict[str, Tensor]) -> None:
@@ -54,23 +56,25 @@ def quietly(function: Any, *arguments: Any, **options: Any) -> None:
     function(*arguments, **options)
 
 
-def _write_header(file: BinaryIO, sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+def _write_header(file: BinaryIO, empty: Mapping[str, Tensor]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, (dtype, shape) in sizes.items():
-        start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    for name, tensor in empty.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
 
 
-def _parts(names: list[str], sizes: Mapping[str, int], buffer: int) -> Iterator[list[str]]:
-    part: list[str] = []
-    for name in names:
-        if part and sum(sizes[other] for other in part) + sizes[name] > buffer:
+def _parts(empty: Mapping[str, Tensor], buffer: int) -> Iterator[list[str]]:
+    """Names of tensors that together have at most `buffer` bytes, or of a larger one."""
+    part, size = list[str](), 0
+    for name, tensor in empty.items():
+        if part and size + tensor.nbytes > buffer:
             yield part
-            part = []
+            part, size = [], 0
         part.append(name)
+        size += tensor.nbytes
     if part:
         yield part
